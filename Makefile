@@ -1,0 +1,43 @@
+# Every target sets up what it needs; a set-up that is complete costs a fraction of a second.
+#   make test FAMILY=original      the original OpenMMLab packages, in .venv-original
+#   make setup PYTHON=python3.12   another interpreter for a new environment
+PYTHON ?= python3
+FAMILY ?= onedl
+VENV ?= $(if $(filter original,$(FAMILY)),.venv-original,.venv)
+RUN := $(VENV)/bin/python
+
+export PIP_REQUIRE_VIRTUALENV := 1
+export PYTHONNOUSERSITE := 1
+
+.PHONY: help setup demo demo-seg test test-fast lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup:  ## create the environment and install everything (10 minutes the first time)
+	@$(PYTHON) tools/setup_env.py --venv $(VENV) --family $(FAMILY)
+
+demo: setup  ## fine-tune Mask R-CNN with SSN on the demo data, evaluate, draw
+	$(RUN) tools/demo.py det
+
+demo-seg: setup  ## the same with DeepLabV3+
+	$(RUN) tools/demo.py seg
+
+test: setup  ## the whole test suite
+	$(RUN) -m pytest
+
+test-fast: setup  ## the test suite without what is marked slow
+	$(RUN) -m pytest -m 'not slow'
+
+lint: setup  ## check style and formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: setup  ## mend style and formatting
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## remove caches and build products, keep environments, data and runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find ssn_plugin configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,13 @@
+"""DeepLabV3+ R50-d8 on ADE20K, SSN throughout."""
+
+_base_ = [
+    './deeplabv3plus_r50-d8_syncbn_4xb4-80k_ade20k-512x512.py',
+    '../_base_/ssn_training.py',
+]
+norm_cfg = dict(type='SSN')
+model = dict(
+    backbone={{_base_.ssn_r50}},
+    decode_head=dict(norm_cfg=norm_cfg),
+    auxiliary_head=dict(norm_cfg=norm_cfg),
+)
+optim_wrapper = {{_base_.ssn_optim_wrapper}}

@@ -1,0 +1,13 @@
+"""DeepLabV3+ R50-d8 on Cityscapes, SN throughout."""
+
+_base_ = [
+    './deeplabv3plus_r50-d8_syncbn_4xb2-80k_cityscapes-512x1024.py',
+    '../_base_/sn_training.py',
+]
+norm_cfg = dict(type='SN')
+model = dict(
+    backbone={{_base_.sn_r50}},
+    decode_head=dict(norm_cfg=norm_cfg),
+    auxiliary_head=dict(norm_cfg=norm_cfg),
+)
+optim_wrapper = {{_base_.sn_optim_wrapper}}

@@ -1,0 +1,4 @@
+"""Faster R-CNN R50-FPN, 1x, BatchNorm in the backbone: mmdet's own config."""
+
+_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/backbones.py']
+model = dict(backbone={{_base_.bn_r50}})

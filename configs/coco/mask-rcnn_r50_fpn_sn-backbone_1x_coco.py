@@ -1,0 +1,5 @@
+"""Mask R-CNN R50-FPN, 1x, SN in the backbone."""
+
+_base_ = ['./mask-rcnn_r50_fpn_bn-backbone_1x_coco.py', '../_base_/sn_training.py']
+model = dict(backbone={{_base_.sn_r50}})
+optim_wrapper = {{_base_.sn_optim_wrapper}}

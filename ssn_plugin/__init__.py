@@ -1,0 +1,26 @@
+"""Sparse Switchable Normalization for MMDetection and MMSegmentation.
+
+``custom_imports = dict(imports=['ssn_plugin'])`` in a config registers the layers ('SSN', 'SSN1d',
+'SSN2d', 'SSN3d', 'SN'), the backbone 'SSNResNet', the hooks 'SSNRadiusHook' and 'SSNRatioHook' and
+the constructor 'SSNOptimWrapperConstructor'.
+"""
+
+from ssn_plugin.engine import registration as _registration  # noqa: F401  (registers by import)
+from ssn_plugin.functional import sparsestmax, switchable_norm
+from ssn_plugin.layers.radius import set_radius, undecided_layers
+from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
+from ssn_plugin.layers.switch_norm import SN
+from ssn_plugin.version import __version__
+
+__all__ = [
+    'SN',
+    'SSN',
+    'SSN1d',
+    'SSN2d',
+    'SSN3d',
+    '__version__',
+    'set_radius',
+    'sparsestmax',
+    'switchable_norm',
+    'undecided_layers',
+]

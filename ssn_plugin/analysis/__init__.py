@@ -1,0 +1,1 @@
+"""What a model chose: as rows and as pictures."""

@@ -1,0 +1,1 @@
+"""What mmengine needs: registration, hooks and the optimizer wrapper constructor."""

@@ -1,0 +1,119 @@
+"""SSNOptimWrapperConstructor: learning rate, weight decay and clipping of control parameters."""
+
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from ssn_plugin.layers.switchable import SwitchableNorm
+
+_DEFAULTS = dict(ssn_lr_mult=0.1, ssn_decay_mult=0.0, ssn_clip_norm=1.0)
+
+
+class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's default constructor, with the training rules of SSN and SN layers.
+
+    Control parameters (``mean_weight``, ``var_weight``) get their own learning rate and weight
+    decay, and the norm of their joint gradient is clipped right before every optimizer step: after
+    accumulation, after a GradScaler has unscaled, and after the wrapper's own ``clip_grad``. The
+    layers' ``weight`` and ``bias`` are treated as those of any norm layer (``norm_decay_mult``).
+    Everything else is as in ``DefaultOptimWrapperConstructor``. SSN layers are found by type.
+
+    Args:
+        optim_wrapper_cfg: As in ``DefaultOptimWrapperConstructor``.
+        paramwise_cfg: As there, and
+
+            - ``ssn_lr_mult``: Factor on the learning rate of control parameters, on top of that
+              of a matching ``custom_keys`` entry. Defaults to 0.1.
+            - ``ssn_decay_mult``: Factor on their weight decay, instead of any other. Defaults to 0.
+            - ``ssn_clip_norm``: Largest norm of their joint gradient, or None. Defaults to 1.
+
+    Raises:
+        ValueError: If one of these is negative or no number.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import SSN
+        >>> from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8))
+        >>> cfg = dict(optimizer=dict(type='SGD', lr=0.02, weight_decay=1e-4))
+        >>> wrapper = SSNOptimWrapperConstructor(cfg)(model)
+        >>> [group['lr'] for group in wrapper.param_groups][-2:]
+        [0.002, 0.002]
+
+    Source:
+        The rules are those of the authors' training of SSN on ImageNet.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        given = {} if paramwise_cfg is None else paramwise_cfg
+        paramwise_cfg = {**_DEFAULTS, **given}
+        for name in _DEFAULTS:
+            value = paramwise_cfg[name]
+            if value is None and name == 'ssn_clip_norm':
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f'{name}: got {value!r}, expected a number of at least 0')
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+
+    def add_params(
+        self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None
+    ) -> None:
+        """Add the parameters of a module and its children, recursively.
+
+        Args:
+            params: Parameter groups, extended in place.
+            module: The module.
+            prefix: Its name.
+            is_dcn_module: As in the base class.
+        """
+        if not isinstance(module, SwitchableNorm):
+            super().add_params(params, module, prefix, is_dcn_module)
+            return
+        # The base class recognises norm layers by a fixed list of types. A stand-in of such a type
+        # that holds the same parameters gets them exactly its treatment, custom_keys included.
+        if module.affine:
+            norm = nn.GroupNorm(1, 1)
+            norm.weight, norm.bias = module.weight, module.bias
+            super().add_params(params, norm, prefix, is_dcn_module)
+        control = nn.Module()
+        control.mean_weight, control.var_weight = module.mean_weight, module.var_weight
+        known = len(params)
+        super().add_params(params, control, prefix, is_dcn_module)
+        for group in params[known:]:
+            if self.base_lr is not None:
+                group['lr'] = group.get('lr', self.base_lr) * self.paramwise_cfg['ssn_lr_mult']
+            if self.base_wd is not None:
+                group['weight_decay'] = self.base_wd * self.paramwise_cfg['ssn_decay_mult']
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer and its wrapper.
+
+        Args:
+            model: The model, wrapped for distributed training or not.
+        """
+        wrapper = super().__call__(model)
+        max_norm = self.paramwise_cfg['ssn_clip_norm']
+        if max_norm is not None:
+            _clip_before_step(wrapper.optimizer, _trained_control_parameters(model), max_norm)
+        return wrapper
+
+
+def _trained_control_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, SwitchableNorm)
+        for parameter in (module.mean_weight, module.var_weight)
+        if parameter.requires_grad
+    ]
+
+
+def _clip_before_step(optimizer, parameters: list[nn.Parameter], max_norm: float) -> None:
+    def clip(optimizer, args, kwargs) -> None:
+        # A fused optimizer unscales inside its step: the gradients here still carry the factor.
+        scale = getattr(optimizer, 'grad_scale', None)
+        bound = max_norm if scale is None else max_norm * float(scale)
+        clip_grad_norm_(parameters, bound)
+
+    if parameters:
+        optimizer.register_step_pre_hook(clip)

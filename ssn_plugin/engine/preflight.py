@@ -1,0 +1,181 @@
+"""Checks what a config needs from the disk before a run starts: one clear line, not a trace."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
+
+_HOW_TO_GET = {
+    'CocoDataset': 'COCO 2017 images and annotations are at https://cocodataset.org/#download',
+    'CityscapesDataset': (
+        'Cityscapes (leftImg8bit and gtFine) is at https://www.cityscapes-dataset.com/downloads, '
+        'its labelTrainIds.png are made by mmseg/tools/dataset_converters/cityscapes.py'
+    ),
+    'ADE20KDataset': (
+        'ADE20K is ADEChallengeData2016.zip at '
+        'http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip'
+    ),
+}
+_DEMO_DATA = 'data/demo/'
+
+
+class InputError(Exception):
+    """Something the user gave or should have provided; its text is one line."""
+
+
+def load_config(path: str, options: dict | None = None) -> Config:
+    """Read a config file and merge the command line's options into it.
+
+    Args:
+        path: The file.
+        options: Dotted keys and values.
+
+    Raises:
+        InputError: If the file is missing or cannot be read as a config.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'config: no such file: {path}')
+    try:
+        config = Config.fromfile(path)
+        if options:
+            config.merge_from_dict(options)
+    except Exception as error:
+        # mmengine raises whatever a config's own code or a bad option raises.
+        first_line = (str(error).splitlines() or [''])[0]
+        raise InputError(
+            f'config: cannot read {path}: {type(error).__name__}: {first_line}'
+        ) from error
+    return config
+
+
+def check_data(config: Config, split: str) -> None:
+    """Look for the files and folders of a data loader and of its evaluator.
+
+    Args:
+        config: The whole config.
+        split: 'train', 'val' or 'test'.
+
+    Raises:
+        InputError: Naming what is missing, where it was looked for and how to get it.
+    """
+    loader = config.get(f'{split}_dataloader')
+    if not loader:
+        return
+    for key, dataset in _datasets(loader.dataset, f'{split}_dataloader.dataset'):
+        root = dataset.get('data_root') or ''
+        wanted = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
+        for name in wanted:
+            if not isinstance(name, str) or not name or dataset.get('backend_args'):
+                continue
+            path = os.path.join(root, name)
+            if not os.path.exists(path):
+                raise InputError(
+                    f'{key}: no such file or folder: {path} (data_root={root!r}, looked for from '
+                    f'{os.getcwd()}); {_advice(dataset.get("type"), path)}, or point '
+                    f'{key}.data_root elsewhere with --cfg-options'
+                )
+    evaluators = config.get(f'{split}_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        path = evaluator.get('ann_file')
+        if isinstance(path, str) and not os.path.exists(path):
+            raise InputError(
+                f'{split}_evaluator.ann_file: no such file: {path}; set it to the ann_file of '
+                f'{split}_dataloader.dataset with --cfg-options'
+            )
+
+
+def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
+    """The leaves of wrapped and concatenated data sets, with their places in the config."""
+    if 'dataset' in dataset:
+        yield from _datasets(dataset['dataset'], f'{key}.dataset')
+    elif 'datasets' in dataset:
+        for index, part in enumerate(dataset['datasets']):
+            yield from _datasets(part, f'{key}.datasets.{index}')
+    else:
+        yield key, dataset
+
+
+def _advice(dataset_type: object, path: str) -> str:
+    if path.startswith(_DEMO_DATA):
+        return f'make it with `python tools/make_demo_dataset.py {_DEMO_DATA.rstrip("/")}`'
+    return _HOW_TO_GET.get(str(dataset_type).rsplit('.', 1)[-1], 'put it there')
+
+
+def check_checkpoints(config: Config) -> None:
+    """Look for the weights a run starts from, in ``init_cfg`` entries and ``load_from``.
+
+    A name with a scheme (``torchvision://``, ``https://``) is loaded once, by the first process of
+    a machine, so that a missing network shows here and the others find it in the cache.
+
+    Args:
+        config: The whole config.
+
+    Raises:
+        InputError: Naming the entry and the file, and how to get it or do without.
+    """
+    wanted = list(_pretrained(config.get('model', {}), 'model'))
+    if config.get('load_from'):
+        wanted.append(('load_from', 'load_from', config.load_from))
+    for key, switch, checkpoint in wanted:
+        way_out = f'or do without it by --cfg-options {switch}=None'
+        if '://' not in checkpoint:
+            if not os.path.isfile(checkpoint):
+                raise InputError(
+                    f'{key}: no such file: {checkpoint} (looked for from {os.getcwd()}); put it '
+                    f'there, name another by --cfg-options {key}=FILE, {way_out}'
+                )
+        elif int(os.environ.get('LOCAL_RANK', 0)) == 0:
+            try:
+                CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+            except Exception as error:
+                # Whatever the loader of the scheme raises: no network, no torchvision, no file.
+                first_line = (str(error).splitlines() or [''])[0]
+                raise InputError(
+                    f'{key}: cannot load {checkpoint}: {type(error).__name__}: {first_line}; name '
+                    f'a local file by --cfg-options {key}=FILE, {way_out}'
+                ) from error
+
+
+def _pretrained(node: object, key: str) -> Iterator[tuple[str, str, str]]:
+    if isinstance(node, dict):
+        init = node.get('init_cfg')
+        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+            yield f'{key}.init_cfg.checkpoint', f'{key}.init_cfg', init['checkpoint']
+        for name, child in node.items():
+            yield from _pretrained(child, f'{key}.{name}')
+    elif isinstance(node, list | tuple):
+        for index, child in enumerate(node):
+            yield from _pretrained(child, f'{key}.{index}')
+
+
+def check_file(argument: str, path: str) -> None:
+    """Look for a file named on the command line.
+
+    Args:
+        argument: Name of the argument.
+        path: The file.
+
+    Raises:
+        InputError: If it does not exist.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'{argument}: no such file: {path}')
+
+
+def check_work_dir(path: str) -> None:
+    """Make the folder a run writes to.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        InputError: If it cannot be made or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'work_dir: cannot make {path}: {error.strerror}') from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f'work_dir: cannot write to {path}')

@@ -1,0 +1,94 @@
+"""SSNRatioHook: the radius, the number of decided layers and the importance ratios in the log."""
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from ssn_plugin.layers.ssn import SSN
+from ssn_plugin.layers.switchable import SwitchableNorm
+
+
+class SSNRatioHook(Hook):
+    """Log what the SSN and SN layers of a model currently choose.
+
+    Every ``interval`` iterations, and after the last one:
+
+    - to the log (and whatever the log feeds): ``ssn_radius``, the largest of the model;
+      ``ssn_decided``, the number of layers whose mean and variance ratios are both one-hot;
+      ``ssn_IN``, ``ssn_LN``, ...: importance ratio averaged over layers and both statistics;
+    - to the visualizer, TensorBoard for one: the same, and per layer
+      ``ssn/<layer>/mean/<normalizer>`` and ``ssn/<layer>/var/<normalizer>``.
+
+    It costs one synchronisation with the device per interval.
+
+    Args:
+        interval: Iterations between two records.
+
+    Raises:
+        ValueError: If ``interval`` is no positive integer.
+
+    Example:
+        >>> custom_hooks = [dict(type='SSNRatioHook', interval=50)]  # in a config
+    """
+
+    # Before LoggerHook, which prints what is recorded here.
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 50) -> None:
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'interval: got {interval!r}, expected a positive integer')
+        self.interval = interval
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Record.
+
+        Args:
+            runner: mmengine's Runner.
+            batch_idx: Unused.
+            data_batch: Unused.
+            outputs: Unused.
+        """
+        last = runner.iter + 1 == runner.max_iters
+        if not (self.every_n_train_iters(runner, self.interval) or last):
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        summary, per_layer = importance_scalars(model)
+        for name, value in summary.items():
+            runner.message_hub.update_scalar(f'train/{name}', value)
+        runner.visualizer.add_scalars(per_layer, step=runner.iter + 1)
+
+
+@torch.no_grad()
+def importance_scalars(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+    """Radius, decided layers and ratios of a model as named numbers.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The summary over all layers, and the ratios layer by layer.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SwitchableNorm)}
+    if not layers:
+        return {}, {}
+    # One transfer for the whole model: ratios of every layer behind each other, then the radii.
+    pieces = [ratio for layer in layers.values() for ratio in layer._ratios()]
+    pieces += [m.radius.reshape(1) for m in layers.values() if isinstance(m, SSN)]
+    numbers = iter(torch.cat([piece.float() for piece in pieces]).tolist())
+
+    per_layer: dict[str, float] = {}
+    by_normalizer: dict[str, list[float]] = {}
+    decided = 0
+    for name, layer in layers.items():
+        one_hot = []
+        for statistic in ('mean', 'var'):
+            ratios = [next(numbers) for _ in layer.normalizers]
+            one_hot.append(1.0 in ratios)
+            for normalizer, ratio in zip(layer.normalizers, ratios, strict=True):
+                per_layer[f'ssn/{name}/{statistic}/{normalizer}'] = ratio
+                by_normalizer.setdefault(normalizer, []).append(ratio)
+        decided += all(one_hot)
+    summary = {'ssn_radius': max(numbers, default=0.0), 'ssn_decided': float(decided)}
+    summary |= {f'ssn_{n}': sum(ratios) / len(ratios) for n, ratios in by_normalizer.items()}
+    return summary, per_layer

@@ -1,0 +1,218 @@
+"""The public functions: ``sparsestmax`` and ``switchable_norm``, with their validation."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssn_plugin.ops.sparsestmax import SparsestMaxFunction
+from ssn_plugin.ops.statistics import NORMALIZERS
+from ssn_plugin.ops.switchable_norm import SwitchableNormFunction
+
+
+def check_radius(radius: float) -> float:
+    """Return ``radius`` as a float, or raise ValueError if it is negative or NaN."""
+    if isinstance(radius, bool) or not isinstance(radius, int | float) or not radius >= 0:
+        raise ValueError(f'radius: got {radius!r}, expected a number of at least 0')
+    return float(radius)
+
+
+def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
+    r"""Project onto the part of the simplex outside a circle: sparse ratios, one-hot in the end.
+
+    .. math::
+        \mathrm{SparsestMax}(z; r) = \arg\min_p \lVert p - z \rVert_2
+        \quad \text{s.t.} \quad p \ge 0,\ \textstyle\sum_k p_k = 1,\ \lVert p - u \rVert_2 \ge r
+
+    with the centre :math:`u = (1/K, ..., 1/K)`. A radius of 0 or less is sparsemax; from the
+    circumradius :math:`\sqrt{(K-1)/K}` on, p is exactly one-hot (1.0 and 0.0).
+
+    The minimiser is not unique where the largest entries are equal and the circle binds. Then ties
+    break toward the last of the equal candidates (BN in the layer): p moves from the centre of the
+    tied entries straight toward its vertex. The gradient at an exact tie is that of sparsemax,
+    dz = dp - mean(dp) over the tied entries. Elsewhere it is the exact Jacobian, whose norm grows
+    as radius / distance from the tie, up to 1e6. Only first derivatives are available.
+
+    Args:
+        z: Shape (..., K, ...) with K >= 2 entries along ``dim``. float16 and bfloat16 are computed
+            in float32. Where a vector holds NaN or inf, its p is NaN.
+        radius: In the units of p. A 0-d tensor is read on its device, never synchronised, and NaN
+            in it makes p NaN.
+        dim: The dimension of the vectors.
+
+    Returns:
+        The shape and dtype of ``z``.
+
+    Raises:
+        ValueError: If ``z`` is not a floating-point tensor with at least 2 entries along ``dim``,
+            or ``radius`` is NaN or a tensor with more than one element.
+        IndexError: If ``dim`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import sparsestmax
+        >>> z = torch.tensor([0.6, 0.4, -0.3])
+        >>> sparsestmax(z, 0.0)
+        tensor([0.6000, 0.4000, 0.0000])
+        >>> sparsestmax(z, 0.5)
+        tensor([0.7041, 0.2959, 0.0000])
+        >>> sparsestmax(z, 0.8165)
+        tensor([1., 0., 0.])
+
+    Source:
+        Shao et al., "SSN: Learning Sparse Switchable Normalization via SparsestMax", IJCV 2020.
+    """
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
+        raise ValueError(f'z: got {kind}, expected a floating-point tensor')
+    if z.dim() == 0 or z.shape[dim] < 2:
+        raise ValueError(
+            f'z: got shape {tuple(z.shape)}, expected at least 2 entries along dim={dim}'
+        )
+    if isinstance(radius, Tensor):
+        if radius.numel() != 1:
+            raise ValueError(
+                f'radius: got a tensor of shape {tuple(radius.shape)}, expected one element'
+            )
+        radius = radius.reshape(())
+    else:
+        if isinstance(radius, bool) or not isinstance(radius, int | float) or math.isnan(radius):
+            raise ValueError(f'radius: got {radius!r}, expected a number or a 0-d tensor')
+        radius = torch.tensor(float(radius), dtype=torch.float64)
+    return SparsestMaxFunction.apply(z.movedim(dim, -1), radius).movedim(-1, dim)
+
+
+def check_normalizers(
+    normalizers: Sequence[str], num_features: int, num_groups: int
+) -> tuple[str, ...]:
+    """Return the candidates as a tuple, or raise ValueError naming what is wrong with them."""
+    known = ', '.join(NORMALIZERS)
+    if isinstance(normalizers, str) or any(name not in NORMALIZERS for name in normalizers):
+        raise ValueError(f'normalizers: got {normalizers!r}, expected names out of {known}')
+    if len(normalizers) < 2 or len(set(normalizers)) < len(normalizers):
+        raise ValueError(
+            f'normalizers: got {tuple(normalizers)!r}, expected at least 2 different names'
+        )
+    if 'GN' in normalizers and (num_groups < 1 or num_features % num_groups):
+        raise ValueError(
+            f'num_groups: got {num_groups}, expected a divisor of num_features={num_features}'
+        )
+    return tuple(normalizers)
+
+
+def switchable_norm(
+    x: Tensor,
+    mean_ratios: Tensor,
+    var_ratios: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    normalizers: Sequence[str] = ('IN', 'LN', 'BN'),
+    num_groups: int = 32,
+    correction: int = 0,
+) -> Tensor:
+    r"""Normalise with a mixture of the statistics of several normalizers.
+
+    .. math::
+        y = \frac{x - \sum_k p_k \mu_k}{\sqrt{\sum_k p'_k \sigma_k^2 + \epsilon}}
+        \cdot \mathrm{weight} + \mathrm{bias}
+
+    over the candidates k. One read of x gives the instance moments, from which all others follow.
+
+    Args:
+        x: Shape (N, C, ...) with any number of spatial dimensions. Statistics of float16 and
+            bfloat16 are computed in float32. An empty x comes back empty.
+        mean_ratios: Importance ratios p, shape (K,).
+        var_ratios: Importance ratios p', shape (K,).
+        weight: Shape (C,), or None for ones.
+        bias: Shape (C,), or None for zeros.
+        running_mean: Shape (C,), or None. Updated in place if ``training``, else used as the mean
+            of 'BN'. Without it 'BN' uses the statistics of the batch.
+        running_var: Shape (C,), or None. As ``running_mean``; the update uses the unbiased batch
+            variance, as ``torch.nn.functional.batch_norm`` does, or with ``correction=1`` the
+            variance that normalises.
+        training: Whether 'BN' uses the statistics of the batch.
+        momentum: Weight of the new value in the running statistics.
+        eps: Added to the mixed variance.
+        normalizers: K names out of 'IN', 'LN', 'BN', 'GN'.
+        num_groups: Groups of 'GN'.
+        correction: Divisor of the instance variance is H*W - correction. 0 is the paper's; 1 is
+            what the authors' release computes, for weights trained with it.
+
+    Returns:
+        The shape and dtype of ``x``.
+
+    Raises:
+        ValueError: If ``x`` has less than 2 dimensions, ratios are not (K,), C is not divisible by
+            ``num_groups``, a name is unknown, or ``correction`` is not 0 or 1.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import switchable_norm
+        >>> x = torch.randn(4, 8, 5, 5)
+        >>> only_bn = torch.tensor([0., 0., 1.])
+        >>> y = switchable_norm(x, only_bn, only_bn)
+        >>> bn = torch.nn.functional.batch_norm(x, None, None, training=True)
+        >>> torch.allclose(y, bn, atol=1e-5)
+        True
+
+    Source:
+        Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", ICLR 2019.
+    """
+    if x.dim() < 2:
+        raise ValueError(f'x: got shape {tuple(x.shape)}, expected (N, C, ...)')
+    normalizers = check_normalizers(normalizers, x.shape[1], num_groups)
+    for name, ratios in (('mean_ratios', mean_ratios), ('var_ratios', var_ratios)):
+        if ratios.shape != (len(normalizers),):
+            raise ValueError(
+                f'{name}: got shape {tuple(ratios.shape)}, expected ({len(normalizers)},)'
+            )
+    for name, vector in (
+        ('weight', weight),
+        ('bias', bias),
+        ('running_mean', running_mean),
+        ('running_var', running_var),
+    ):
+        if vector is not None and vector.shape != (x.shape[1],):
+            raise ValueError(f'{name}: got shape {tuple(vector.shape)}, expected ({x.shape[1]},)')
+    if correction not in (0, 1):
+        raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
+    if x.numel() == 0:
+        return _empty_result(x, mean_ratios, var_ratios, weight, bias)
+
+    frozen_statistics = not training and running_mean is not None
+    y, batch_mean, batch_var = SwitchableNormFunction.apply(
+        x,
+        mean_ratios,
+        var_ratios,
+        weight,
+        bias,
+        running_mean if frozen_statistics else None,
+        running_var if frozen_statistics else None,
+        normalizers,
+        num_groups,
+        correction,
+        eps,
+    )
+    if training and running_mean is not None and batch_mean is not None:
+        count = x.numel() // x.shape[1]
+        if correction == 0 and count > 1:
+            batch_var = batch_var * (count / (count - 1))
+        with torch.no_grad():
+            running_mean.lerp_(batch_mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(batch_var.to(running_var.dtype), momentum)
+    return y
+
+
+def _empty_result(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    """``x`` itself, with every parameter in its graph at gradient zero, as BatchNorm returns it.
+
+    DistributedDataParallel would otherwise meet unused parameters on ranks without proposals.
+    """
+    touched = sum(p.to(x.dtype).sum() * 0 for p in parameters if p is not None)
+    return x + touched

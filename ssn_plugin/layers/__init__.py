@@ -1,0 +1,7 @@
+"""The layers, on torch alone."""
+
+from ssn_plugin.layers.radius import set_radius, undecided_layers
+from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
+from ssn_plugin.layers.switch_norm import SN
+
+__all__ = ['SN', 'SSN', 'SSN1d', 'SSN2d', 'SSN3d', 'set_radius', 'undecided_layers']

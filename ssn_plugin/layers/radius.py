@@ -1,0 +1,74 @@
+"""The radius of a whole model, and the freezing of what became one-hot."""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from ssn_plugin.functional import check_radius, sparsestmax
+from ssn_plugin.layers.ssn import SSN
+
+
+@torch.no_grad()
+def set_radius(model: nn.Module, radius: float) -> None:
+    """Set the radius of every SSN of a model and freeze the ratios that became one-hot.
+
+    Mean and variance freeze independently: the control parameters become the one-hot vector,
+    ``mean_fixed`` or ``var_fixed`` turns to 1, and no later radius changes them. A layer whose
+    control parameters require no gradient (a frozen stage) keeps its radius and its ratios.
+
+    The whole model costs one synchronisation with the device.
+
+    Args:
+        model: Any module.
+        radius: At least 0. From ``sqrt((K - 1) / K)`` on, every layer is one-hot.
+
+    Raises:
+        ValueError: If ``radius`` is negative, NaN or no number.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import SSN, set_radius
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8))
+        >>> set_radius(model, 0.3)
+        >>> model[1].selected
+        (None, None)
+        >>> set_radius(model, 1.0)
+        >>> int(model[1].mean_fixed)
+        1
+    """
+    radius = check_radius(radius)
+    # Layers of one candidate count on one device are projected together.
+    alike = defaultdict(list)
+    for module in model.modules():
+        if isinstance(module, SSN) and module.mean_weight.requires_grad:
+            module.radius.fill_(radius)
+            alike[module.mean_weight.device, len(module.normalizers)].append(module)
+    for layers in alike.values():
+        control = torch.stack([torch.stack((m.mean_weight, m.var_weight)) for m in layers])
+        fixed = torch.stack([torch.stack((m.mean_fixed, m.var_fixed)) for m in layers]) > 0
+        ratios = sparsestmax(control, radius)
+        fresh = (ratios.amax(-1) == 1) & ~fixed
+        for module, vectors, flags in zip(layers, ratios, fresh.tolist(), strict=True):
+            for name, vector, became_one_hot in zip(('mean', 'var'), vectors, flags, strict=True):
+                if became_one_hot:
+                    module.freeze(name, vector)
+
+
+def undecided_layers(model: nn.Module) -> list[str]:
+    """Names of the SSN layers whose mean or variance ratios are not one-hot.
+
+    Args:
+        model: Any module.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import SSN, undecided_layers
+        >>> undecided_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8)))
+        ['1']
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, SSN) and None in module.selected
+    ]

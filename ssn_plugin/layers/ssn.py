@@ -1,0 +1,175 @@
+"""SSN: the layer that learns which normalizer it is."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssn_plugin.functional import check_radius, sparsestmax
+from ssn_plugin.layers.frozen import hold
+from ssn_plugin.layers.switchable import SwitchableNorm
+
+
+class SSN(SwitchableNorm):
+    r"""Sparse Switchable Normalization: one-hot importance ratios by the end of training.
+
+    .. math::
+        y = \frac{x - \sum_k p_k \mu_k}{\sqrt{\sum_k p'_k \sigma_k^2 + \epsilon}}
+        \cdot \mathrm{weight} + \mathrm{bias}, \qquad
+        p = \mathrm{SparsestMax}(\mathrm{mean\_weight}; r),\
+        p' = \mathrm{SparsestMax}(\mathrm{var\_weight}; r)
+
+    The radius r grows during training (:func:`ssn_plugin.set_radius`, or ``SSNRadiusHook`` in
+    mmengine). What has become one-hot is frozen there: ``mean_fixed`` or ``var_fixed`` turns to 1
+    and the ratios are constants from then on, whatever an optimizer, a weight decay or an averaging
+    of models does to the control parameters, whose gradient is zero.
+
+    Args:
+        num_features: C, the number of channels of (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W).
+        eps: Added to the mixed variance.
+        momentum: Weight of the new value in the running statistics; None is the cumulative average.
+        affine: Whether to learn ``weight`` and ``bias``.
+        track_running_stats: Whether 'BN' keeps running statistics for evaluation.
+        normalizers: Candidates out of 'IN', 'LN', 'BN', 'GN'.
+        num_groups: Groups of 'GN'.
+        correction: 0 for the paper's variances, 1 for those of the authors' release.
+        radius: Initial radius of the circle.
+
+    Attributes:
+        mean_weight: Control parameters of the means, shape (K,).
+        var_weight: Control parameters of the variances, shape (K,).
+        radius: Buffer, 0-d.
+        mean_fixed: Buffer, 0-d int64: 1 once the ratios of the means are frozen.
+        var_fixed: Buffer, 0-d int64: 1 once the ratios of the variances are frozen.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message names it.
+
+    Note:
+        A spatial size of one is no error: there the instance variance is zero. An empty batch comes
+        back empty and leaves the running statistics alone, as with ``torch.nn.BatchNorm2d``.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import SSN, set_radius
+        >>> layer = SSN(8)
+        >>> layer(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+        >>> set_radius(layer, 1.0)
+        >>> layer.selected
+        ('BN', 'BN')
+
+    Source:
+        Shao et al., "SSN: Learning Sparse Switchable Normalization via SparsestMax", IJCV 2020.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        normalizers: Sequence[str] = ('IN', 'LN', 'BN'),
+        num_groups: int = 32,
+        correction: int = 0,
+        radius: float = 0.0,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            normalizers,
+            num_groups,
+            correction,
+        )
+        size = len(self.normalizers)
+        self.register_buffer('radius', torch.tensor(check_radius(radius)))
+        for name in ('mean', 'var'):
+            self.register_buffer(f'{name}_fixed', torch.tensor(0))
+            # The frozen one-hot vector, kept apart from the parameter because an optimizer's
+            # momentum or an averaging of models can still move that. Saved as the parameter.
+            self.register_buffer(f'{name}_choice', torch.zeros(size), persistent=False)
+
+    def _ratios(self) -> tuple[Tensor, Tensor]:
+        control = torch.stack((self.mean_weight, self.var_weight))
+        fixed = torch.stack((self.mean_fixed, self.var_fixed)).unsqueeze(-1) > 0
+        choice = torch.stack((self.mean_choice, self.var_choice))
+        return torch.where(fixed, choice, sparsestmax(control, self.radius)).unbind()
+
+    def reset_parameters(self) -> None:
+        """As in the base class, and nothing is frozen; the radius stays."""
+        super().reset_parameters()
+        for name in ('mean_fixed', 'var_fixed'):
+            if name in self._buffers:  # not yet while the base class constructs
+                self._buffers[name].zero_()
+        hold(self, ())
+
+    @torch.no_grad()
+    def freeze(self, name: str, choice: Tensor) -> None:
+        """Freeze the ratios of one statistic; a frozen one stays as it is.
+
+        Args:
+            name: 'mean' or 'var'.
+            choice: One-hot vector, shape (K,).
+        """
+        fixed, frozen_choice = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_choice')
+        frozen_choice.copy_(torch.where(fixed > 0, frozen_choice, choice))
+        fixed.fill_(1)
+        self._restore_fixed()
+        self._hold_fixed()
+
+    @torch.no_grad()
+    def _restore_fixed(self) -> None:
+        for name in ('mean', 'var'):
+            parameter = getattr(self, f'{name}_weight')
+            fixed, choice = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_choice')
+            parameter.copy_(torch.where(fixed > 0, choice, parameter))
+
+    def _hold_fixed(self) -> None:
+        flags = torch.stack((self.mean_fixed, self.var_fixed)).tolist()
+        hold(self, tuple(name for name, flag in zip(('mean', 'var'), flags, strict=True) if flag))
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self._hold_fixed()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        # A file must never pair a fixed flag with ratios that are not one-hot; in a model that was
+        # averaged from others the parameters may have moved.
+        self._restore_fixed()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        for name in ('mean', 'var'):
+            parameter = getattr(self, f'{name}_weight')
+            # SparsestMax beyond its largest radius: the one-hot vector, with the layer's tie rule.
+            getattr(self, f'{name}_choice').copy_(sparsestmax(parameter, 1.0))
+        self._restore_fixed()
+        self._hold_fixed()
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, the current ratios and the selection."""
+        return f'{super().extra_repr()}, radius={self.radius.item():.4f}, selected={self.selected}'
+
+
+class SSN1d(SSN):
+    """SSN for (N, C) and (N, C, L) alone; see :class:`SSN`."""
+
+    _dims = (2, 3)
+
+
+class SSN2d(SSN):
+    """SSN for (N, C, H, W) alone; see :class:`SSN`."""
+
+    _dims = (4,)
+
+
+class SSN3d(SSN):
+    """SSN for (N, C, D, H, W) alone; see :class:`SSN`."""
+
+    _dims = (5,)

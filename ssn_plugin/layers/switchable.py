@@ -1,0 +1,189 @@
+"""What SSN and its parent SN share: parameters, running statistics, input checks, state dict."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssn_plugin.functional import check_normalizers, switchable_norm
+
+
+class SwitchableNorm(nn.Module):
+    """Base of the layers that mix the statistics of several normalizers.
+
+    A subclass says how control parameters become importance ratios (:meth:`_ratios`).
+
+    Args:
+        num_features: C, the number of channels.
+        eps: Added to the mixed variance.
+        momentum: Weight of the new value in the running statistics, or None for the cumulative
+            average, as in ``torch.nn.BatchNorm2d``.
+        affine: Whether to learn ``weight`` and ``bias``.
+        track_running_stats: Whether 'BN' keeps running statistics for evaluation.
+        normalizers: Candidates out of 'IN', 'LN', 'BN', 'GN'.
+        num_groups: Groups of 'GN'.
+        correction: 0 for the paper's variances, 1 for those of the authors' release.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message names it.
+    """
+
+    _version = 1
+    _abbr_ = 'sn'  # mmcv names a norm by it: sn1, sn2, ... as in the released files
+    _dims: tuple[int, ...] = (2, 3, 4, 5)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        normalizers: Sequence[str] = ('IN', 'LN', 'BN'),
+        num_groups: int = 32,
+        correction: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+            raise ValueError(f'num_features: got {num_features!r}, expected a positive integer')
+        if not eps >= 0:
+            raise ValueError(f'eps: got {eps!r}, expected a number of at least 0')
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f'momentum: got {momentum!r}, expected None or a number in [0, 1]')
+        if correction not in (0, 1):
+            raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.normalizers = check_normalizers(normalizers, num_features, num_groups)
+        self.num_groups = num_groups
+        self.correction = correction
+        self.track_running_stats = track_running_stats and 'BN' in self.normalizers
+
+        for name in ('weight', 'bias'):
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(num_features)) if affine else None
+            )
+        for name in ('mean_weight', 'var_weight'):
+            self.register_parameter(name, nn.Parameter(torch.empty(len(self.normalizers))))
+        tracked = self.track_running_stats
+        self.register_buffer('running_mean', torch.zeros(num_features) if tracked else None)
+        self.register_buffer('running_var', torch.ones(num_features) if tracked else None)
+        self.register_buffer('num_batches_tracked', torch.tensor(0) if tracked else None)
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running variance 1, no batch seen."""
+        if self.track_running_stats:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, equal importance ratios, fresh running statistics."""
+        self.reset_running_stats()
+        # Zero rather than any other constant: near it float32 resolves the first, tiny updates.
+        nn.init.zeros_(self.mean_weight)
+        nn.init.zeros_(self.var_weight)
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def _ratios(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    @property
+    def mean_ratios(self) -> Tensor:
+        """Importance ratios of the means, shape (K,), detached."""
+        with torch.no_grad():
+            return self._ratios()[0]
+
+    @property
+    def var_ratios(self) -> Tensor:
+        """Importance ratios of the variances, shape (K,), detached."""
+        with torch.no_grad():
+            return self._ratios()[1]
+
+    @property
+    def selected(self) -> tuple[str | None, str | None]:
+        """Normalizers that the mean and the variance chose; None where ratios are not one-hot."""
+        with torch.no_grad():
+            return tuple(
+                self.normalizers[ratios.index(1.0)] if 1.0 in ratios else None
+                for ratios in torch.stack(self._ratios()).tolist()
+            )
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in self._dims:
+            dims = ' or '.join(f'{d}-D' for d in self._dims)
+            raise ValueError(f'x: got shape {tuple(x.shape)}, expected {dims} (N, C, ...)')
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f'x: got {x.shape[1]} channels in shape {tuple(x.shape)}, '
+                f'expected num_features={self.num_features}'
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise.
+
+        Args:
+            x: Shape (N, C, ...).
+
+        Returns:
+            The shape and dtype of ``x``.
+
+        Raises:
+            ValueError: If the number of dimensions or channels is not the layer's.
+        """
+        self._check_input(x)
+        momentum = self.momentum
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+        return switchable_norm(
+            x,
+            *self._ratios(),
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.training,
+            momentum,
+            self.eps,
+            self.normalizers,
+            self.num_groups,
+            self.correction,
+        )
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments, then the current ratios."""
+
+        def shown(ratios: Tensor) -> str:
+            pairs = zip(self.normalizers, ratios.tolist(), strict=True)
+            return ' '.join(f'{name} {ratio:.3f}' for name, ratio in pairs)
+
+        groups = f', num_groups={self.num_groups}' if 'GN' in self.normalizers else ''
+        return (
+            f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, '
+            f'track_running_stats={self.track_running_stats}, normalizers={self.normalizers}'
+            f'{groups}, correction={self.correction}, '
+            f'mean_ratios=({shown(self.mean_ratios)}), var_ratios=({shown(self.var_ratios)})'
+        )
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        own = {**self._parameters, **self._buffers}
+        for name, tensor in own.items():
+            loaded = state_dict.get(prefix + name)
+            # The release keeps (1, C, 1, 1), (1, C, 1) and [1] where the layer has (C,) and ().
+            if tensor is not None and loaded is not None and loaded.numel() == tensor.numel():
+                state_dict[prefix + name] = loaded.reshape(tensor.shape)
+        if local_metadata.get('version') is None and self.track_running_stats:
+            # Files written before this layer existed do not count batches.
+            state_dict.setdefault(prefix + 'num_batches_tracked', self.num_batches_tracked)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

@@ -1,0 +1,1 @@
+"""Backbones for the host frameworks; their modules import mmdet or mmseg only when used."""

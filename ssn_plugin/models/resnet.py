@@ -1,0 +1,75 @@
+"""SSNResNet: the host's ResNet, made that of the released SSN weights; and the choice of host."""
+
+import importlib.util
+
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from ssn_plugin.layers.switchable import SwitchableNorm
+
+
+class SSNResNetMixin:
+    """Turns the ResNet of mmdet or mmseg into the one the released SSN weights were trained with.
+
+    The stem pools by ``MaxPool2d(3, stride=2, padding=0, ceil_mode=True)``, one pixel off the usual
+    one, and ``norm_eval`` reaches SSN, which the hosts' check for BatchNorm skips. Stages frozen by
+    ``frozen_stages`` keep their ratios: ``set_radius`` leaves layers without gradient alone.
+    """
+
+    def __init__(self, *args, norm_cfg: dict | None = None, **kwargs) -> None:
+        norm_cfg = dict(type='SSN', requires_grad=True) if norm_cfg is None else norm_cfg
+        super().__init__(*args, norm_cfg=norm_cfg, **kwargs)
+
+    def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
+        super()._make_stem_layer(in_channels, stem_channels)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As the host's ResNet, with ``norm_eval`` for SSN and SN.
+
+        Args:
+            mode: Whether to train.
+        """
+        super().train(mode)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, SwitchableNorm):
+                    module.eval()
+        return self
+
+
+def build_ssn_resnet(**kwargs) -> nn.Module:
+    """Build the SSNResNet of the codebase in whose scope a model is built.
+
+    It stands in the root registry under 'SSNResNet', so that one name serves mmdet and mmseg and
+    neither is imported before it is needed.
+
+    Args:
+        **kwargs: Arguments of the ResNet of mmdet (``default_scope='mmdet'``) or of mmseg
+            (``default_scope='mmseg'``, which adds ``multi_grid`` and ``contract_dilation``).
+            ``norm_cfg`` is ``dict(type='SSN')`` unless given.
+
+    Returns:
+        An mmdet or mmseg backbone.
+
+    Raises:
+        ImportError: If the codebase of the scope is not installed.
+
+    Example:
+        >>> from mmengine.registry import MODELS, init_default_scope
+        >>> import ssn_plugin
+        >>> init_default_scope('mmdet')  # Runner and the inference APIs do this
+        >>> backbone = MODELS.build(dict(type='SSNResNet', depth=18))
+        >>> type(backbone.sn1).__name__
+        'SSN'
+    """
+    current = DefaultScope.get_current_instance()
+    scope = None if current is None else current.scope_name
+    if scope not in ('mmdet', 'mmseg'):
+        # Code that builds a backbone by hand may have set no scope.
+        scope = 'mmdet' if importlib.util.find_spec('mmdet') else 'mmseg'
+    if scope == 'mmseg':
+        from ssn_plugin.models.mmseg_resnet import SSNResNet
+    else:
+        from ssn_plugin.models.mmdet_resnet import SSNResNet
+    return SSNResNet(**kwargs)

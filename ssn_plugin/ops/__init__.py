@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the projections, the statistics and the autograd functions of SSN."""

@@ -1,0 +1,161 @@
+"""The distributions: what they contain, what they declare, and what importing the package costs."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import ssn_plugin
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command, cwd):
+    """Run a command and return what it printed; a failure shows its error output."""
+    result = subprocess.run(
+        [str(word) for word in command], cwd=cwd, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def build(kind, tree, out):
+    """Build a 'wheel', 'sdist' or 'editable' of a tree in its own process; no network, no pip."""
+    code = f'from setuptools import build_meta; print(build_meta.build_{kind}({str(out)!r}))'
+    return Path(out, run(sys.executable, '-c', code, cwd=tree).splitlines()[-1])
+
+
+def names(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a fresh checkout holds, tests included."""
+    copy = tmp_path / 'checkout'
+    unwanted = shutil.ignore_patterns(
+        '.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs'
+    )
+    for path in ROOT.iterdir():
+        if path.name in ('configs', 'requirements', 'ssn_plugin', 'tests', 'tools'):
+            shutil.copytree(path, copy / path.name, ignore=unwanted)
+        elif path.is_file() and path.suffix in ('', '.cff', '.in', '.md', '.py', '.toml', '.yml'):
+            copy.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
+    return copy
+
+
+@pytest.fixture(scope='module')
+def metadata(tmp_path_factory):
+    """The core metadata that setup.py declares."""
+    out = tmp_path_factory.mktemp('metadata')
+    run(sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', out, cwd=ROOT)
+    return (out / 'ssn_plugin.egg-info' / 'PKG-INFO').read_text()
+
+
+def test_wheel_contains_package_and_mim_folder_and_nothing_else(tree, tmp_path):
+    content = names(build('wheel', tree, tmp_path))
+    wanted = [
+        path.relative_to(tree) for path in (tree / 'ssn_plugin').rglob('*') if path.suffix == '.py'
+    ]
+    for folder in ('configs', 'tools'):
+        files = [path for path in (tree / folder).rglob('*') if path.is_file()]
+        wanted += [Path('ssn_plugin/.mim') / path.relative_to(tree) for path in files]
+    assert {path.as_posix() for path in wanted} | {'ssn_plugin/.mim/model-index.yml'} <= content
+    assert {name.split('/')[0].split('-')[0] for name in content} == {'ssn_plugin'}
+    assert not (tree / 'ssn_plugin' / '.mim').exists()
+
+
+def test_wheel_from_sdist_equals_wheel_from_checkout(tree, tmp_path):
+    sdist = build('sdist', tree, tmp_path)
+    shutil.unpack_archive(sdist, tmp_path / 'unpacked')
+    unpacked = tmp_path / 'unpacked' / sdist.name.replace('.tar.gz', '')
+    from_sdist = names(build('wheel', unpacked, tmp_path / 'unpacked'))
+    assert from_sdist == names(build('wheel', tree, tmp_path))
+
+
+def test_editable_install_links_the_mim_folder(tree, tmp_path):
+    build('editable', tree, tmp_path)
+    mim = tree / 'ssn_plugin' / '.mim'
+    for name in ('configs', 'tools', 'model-index.yml'):
+        assert (mim / name).is_symlink()
+        assert (mim / name).samefile(tree / name)
+    # a wheel built in such a checkout holds the files, once, and no links
+    content = names(build('wheel', tree, tmp_path))
+    assert 'ssn_plugin/.mim/tools/train.py' in content
+    assert len(content) == len({name.replace('/.mim/', '/') for name in content})
+
+
+def test_installed_package_is_found_with_its_configs():
+    from mmengine.utils import get_installed_path  # how mim and mmengine look for .mim
+
+    mim = Path(get_installed_path('ssn_plugin'), '.mim')
+    assert {path.name for path in mim.iterdir()} == {'configs', 'tools', 'model-index.yml'}
+    assert list((mim / 'configs').glob('coco/*.py'))
+
+
+def test_version_is_written_once(metadata):
+    assert f'\nVersion: {ssn_plugin.__version__}\n' in metadata
+    places = [
+        path.relative_to(ROOT).as_posix()
+        for pattern in ('*.*', 'ssn_plugin/**/*.py', 'tools/*.py', 'docs/**/*.md')
+        for path in ROOT.glob(pattern)
+        if path.is_file()
+        and path.name != 'CHANGELOG.md'
+        and re.search(
+            rf'version[\W_]+{re.escape(ssn_plugin.__version__)}\b', path.read_text(), re.I
+        )
+    ]
+    assert places == ['ssn_plugin/version.py']
+
+
+def test_extras_are_what_the_requirement_files_list(metadata):
+    assert re.findall(r'^Provides-Extra: (.+)$', metadata, re.M) == [
+        'det',
+        'seg',
+        'original',
+        'demo',
+        'test',
+        'dev',
+        'all',
+    ]
+    declared = re.findall(r'^Requires-Dist: (.+?); extra == "(\w+)"$', metadata, re.M)
+    det = [requirement for requirement, extra in declared if extra == 'det']
+    seg = [requirement for requirement, extra in declared if extra == 'seg']
+    lines = (ROOT / 'requirements' / 'onedl.txt').read_text().splitlines()
+    onedl = [line.split('#')[0].strip() for line in lines]
+    assert set(det) | set(seg) == {line for line in onedl if line}
+    assert set(det) ^ set(seg) == {
+        line for line in onedl if line.startswith(('onedl-mmdet', 'onedl-mmseg'))
+    }
+
+
+def test_no_requirement_forces_a_package_family(metadata):
+    unconditional = re.findall(r'^Requires-Dist: ([^;\n]+)$', metadata, re.M)
+    assert unconditional == ['torch>=2.0']
+
+
+def test_import_costs_nothing_beyond_torch_and_mmengine(tmp_path):
+    loaded = 'import sys; print(*sorted({name.split(".")[0] for name in sys.modules}))'
+    modules = run(
+        sys.executable,
+        '-c',
+        'import ssn_plugin, sys; print(*[m for m in sys.modules if m.startswith("mmengine")])',
+        cwd=tmp_path,
+    )
+    with_package = run(sys.executable, '-c', f'import ssn_plugin; {loaded}', cwd=tmp_path).split()
+    host = f'import torch, {", ".join(modules.split())}; {loaded}'
+    without = run(sys.executable, '-c', host, cwd=tmp_path).split()
+    assert not {'mmcv', 'mmdet', 'mmseg'} & set(with_package)
+    added = set(with_package) - set(without) - set(sys.stdlib_module_names)
+    assert {name for name in added if not name.startswith('__editable__')} == {'ssn_plugin'}
+
+
+def test_import_does_not_start_cuda(tmp_path):
+    code = 'import ssn_plugin, torch; print(torch.cuda.is_initialized())'
+    assert run(sys.executable, '-c', code, cwd=tmp_path).strip() == 'False'

@@ -1,0 +1,382 @@
+#!/usr/bin/env python3
+"""Create the virtual environment of this repository and install everything into it.
+
+    python3 tools/setup_env.py                      # .venv, the maintained onedl packages
+    python3 tools/setup_env.py --family original    # .venv-original, mmcv 2.1.0 and its kin
+
+It may be stopped at any moment and run again; when nothing changed it returns within a second.
+The versions are in requirements/*.txt. torch comes from the package index, which on Linux serves
+the CUDA build (2.6 GB to download). For another one set SSN_TORCH to what pip should install:
+
+    SSN_TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' make setup
+
+Whoever has an environment with torch and mmcv already needs nothing of this:
+activate it and run "pip install --no-build-isolation --no-deps -e .".
+"""
+# Standard library only. The syntax is that of Python 3.6, annotations included: an old interpreter
+# must get as far as the line that says it is too old.
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENVS = {'onedl': '.venv', 'original': '.venv-original'}
+MMCV = {'onedl': 'onedl-mmcv', 'original': 'mmcv'}
+EXTRAS = ['demo', 'test', 'dev']
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)  # the pinned numpy has wheels for these
+STAMP, LOCK = 'setup.stamp', 'setup.lock'
+
+# What a fresh environment needs in GiB: (in the environment, in the temporary folder); measured
+# 5.5 and 2.6 with the CUDA build of torch, 1.8 and 0.3 with the CPU build.
+DISK_CUDA, DISK_CPU = (6, 3), (2, 1)
+
+# mmcv installs without complaint when its ops were not compiled, or were compiled for another
+# torch or without CUDA; only a call shows it.
+OPS_CHECK = """
+import mmcv.ops, torch
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+mmcv.ops.nms(torch.ones(1, 4, device=device), torch.ones(1, device=device), 0.5)
+"""
+
+UNREACHABLE = 'the package index cannot be reached; check the network or the proxy and run it again'
+PIP_FAILURES = {  # what pip or the compiler prints: what it means
+    'No space left on device': 'the disk is full',
+    'Killed signal terminated program': 'a compiler ran out of memory; try MAX_JOBS=1',
+    'Max retries exceeded': UNREACHABLE,
+    'NewConnectionError': UNREACHABLE,
+    'ConnectTimeoutError': UNREACHABLE,
+    'Read timed out': UNREACHABLE,
+    '(from versions: none)': UNREACHABLE,
+}
+
+
+class SetupError(Exception):
+    """Something that the user has to mend, said in one line."""
+
+
+def torch_requirement() -> list:
+    """Return the arguments that make pip install torch."""
+    text = os.environ.get('SSN_TORCH', '')
+    try:
+        given = shlex.split(text)
+    except ValueError as error:
+        raise SetupError(
+            f'SSN_TORCH is {text!r}, expected arguments of pip install: {error}'
+        ) from None
+    return given or ['-r', str(ROOT / 'requirements' / 'torch.txt')]
+
+
+def fingerprint(family: str, extras: list) -> str:
+    """Hash everything that decides what is installed."""
+    digest = hashlib.sha256(repr([str(ROOT), family, extras, torch_requirement()]).encode())
+    files = sorted((ROOT / 'requirements').glob('*.txt'))
+    for path in [*files, ROOT / 'setup.py', Path(__file__).resolve()]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def run_python(venv: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the interpreter of the environment in silence and return what came of it."""
+    command = [str(venv / 'bin' / 'python'), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, env=child_environment())
+    except OSError as error:  # no such program: there is no environment, or half of one
+        return subprocess.CompletedProcess(command, 1, '', str(error))
+
+
+def is_current(venv: Path, wanted: str) -> bool:
+    """Tell whether the environment was completed with this fingerprint and still works."""
+    stamp = venv / STAMP
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        return False
+    probe = (
+        'from importlib.util import find_spec as find; assert find("mmcv") and find("ssn_plugin")'
+    )
+    return run_python(venv, '-I', '-c', probe).returncode == 0
+
+
+def python_version(venv: Path) -> tuple:
+    """Return the version of the environment's Python, () where it does not start or has no pip."""
+    probe = run_python(venv, '-c', 'import pip, sys; print(*sys.version_info[:2])')
+    return tuple(int(number) for number in probe.stdout.split()) if probe.returncode == 0 else ()
+
+
+def python_problems(version: tuple, whose: str) -> list:
+    """Return what is wrong with an interpreter of this version."""
+    if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
+        return []
+    expected = f'{OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} to {NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}'
+    return [f'{whose} is Python {version[0]}.{version[1]}, expected {expected}']
+
+
+def venv_problems(venv: Path, family: str) -> list:
+    """Return what speaks against setting up this family in this folder."""
+    version = python_version(venv)
+    if not version:
+        found = [
+            f'Python module {module} is missing: on Debian and Ubuntu "apt install python3-venv"'
+            for module in ('venv', 'ensurepip')
+            if not importlib.util.find_spec(module)
+        ]
+        if venv.is_dir() and not (venv / 'pyvenv.cfg').is_file():
+            # an interrupted creation leaves some of these names and no pyvenv.cfg
+            known = {'bin', 'include', 'lib', 'lib64', LOCK}
+            if {path.name for path in venv.iterdir()} - known:
+                found.append(f'{venv} is not a virtual environment: choose another --venv')
+        return found
+    other = 'mmengine' if family == 'onedl' else 'onedl_mmengine'
+    if any(venv.glob(f'lib/python*/site-packages/{other}-*.dist-info')):
+        return [f'{venv} holds the other family, with the same import names: choose another --venv']
+    return python_problems(version, f'{venv}/bin/python')
+
+
+def build_problems() -> list:
+    """Return what is missing to compile mmcv."""
+    found = []
+    compiler = os.environ.get('CXX', 'c++')
+    if not shutil.which(compiler):
+        found.append(f'no C++ compiler {compiler}: on Debian and Ubuntu "apt install g++"')
+    header = Path(sysconfig.get_paths()['include'], 'Python.h')
+    if not header.is_file():
+        found.append(f'{header} is missing: on Debian and Ubuntu "apt install python3-dev"')
+    sees_gpu = shutil.which('nvidia-smi') and os.environ.get('CUDA_VISIBLE_DEVICES') != ''
+    if sees_gpu and not (shutil.which('nvcc') or os.environ.get('CUDA_HOME')):
+        found.append(
+            'no nvcc to compile mmcv for the GPU of this machine: install the CUDA toolkit '
+            'that fits torch, or "export CUDA_VISIBLE_DEVICES=" to go without the GPU'
+        )
+    return found
+
+
+def disk_problems(venv: Path) -> list:
+    """Return the places with too little room for a fresh environment."""
+    home = next(path for path in [venv, *venv.parents] if path.exists())
+    needed = DISK_CPU if 'cpu' in os.environ.get('SSN_TORCH', '') else DISK_CUDA
+    places = dict(zip([home, Path(tempfile.gettempdir())], needed, strict=True))
+    if len({place.stat().st_dev for place in places}) == 1:
+        places = {home: sum(needed)}
+    found = []
+    for place, gib in places.items():
+        free = shutil.disk_usage(place).free / 2**30
+        if free < gib:
+            found.append(f'{place} has {free:.1f} GiB of free disk, expected {gib} or more')
+    return found
+
+
+def check_machine(venv: Path, family: str) -> None:
+    """Raise SetupError with all that is missing, before anything is written."""
+    problems = venv_problems(venv, family)
+    if not any(venv.glob('lib/python*/site-packages/mmcv/_ext*')):
+        problems += build_problems() + disk_problems(venv)
+    if problems:
+        raise SetupError('; '.join(problems))
+
+
+@contextlib.contextmanager
+def locked(venv: Path):
+    """Hold the lock of the environment.
+
+    The children inherit it: a pip that outlives a killed set-up makes the next one wait instead of
+    meeting it in the same site-packages.
+    """
+    import fcntl  # not at the top: absent on Windows, which main() refuses in plain words
+
+    venv.mkdir(parents=True, exist_ok=True)
+    with (venv / LOCK).open('w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'another set-up of {venv} is at work: waiting for it', flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def child_environment() -> dict:
+    """Return the variables that pip, the build of mmcv and the checks run with."""
+    variables = dict(os.environ)
+    variables.pop('PYTHONPATH', None)
+    cores = os.cpu_count()
+    memory_gib = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
+    variables.setdefault('MAX_JOBS', str(max(1, min(cores, int(memory_gib / 2)))))
+    variables.update(
+        CFLAGS=(variables.get('CFLAGS', '') + ' -g0').strip(),  # no debug symbols, a quicker build
+        MMCV_WITH_OPS='1',  # the original mmcv compiles its ops only when asked
+        PIP_DISABLE_PIP_VERSION_CHECK='1',
+        PIP_REQUIRE_VIRTUALENV='1',
+        PYTHONNOUSERSITE='1',
+    )
+    return variables
+
+
+def explain(output: list) -> str:
+    """Say in one line why pip failed, from the lines it printed."""
+    for sign, meaning in PIP_FAILURES.items():
+        if any(sign in line for line in output):
+            return meaning
+    lines = [line.strip() for line in output if line.strip()] or ['no message']
+    return next((line for line in reversed(lines) if line.startswith('ERROR')), lines[-1])
+
+
+class Environment:
+    """A virtual environment under construction."""
+
+    def __init__(self, venv: Path, family: str, extras: list, lock):
+        self.venv = venv
+        self.family = family
+        self.extras = extras
+        self.lock = lock
+
+    def build(self) -> None:
+        """Carry out all steps; each is quick where its work is done already."""
+        steps = [
+            (f'virtual environment {self.venv}', self.create),
+            ('build tools', lambda: self.install('build')),
+            ('torch: a minute or more, by the network', self.install_torch),
+            (
+                f'{self.family} packages: building mmcv with ops, about 7 minutes on 2 cores the '
+                'first time, less than one when pip has kept it',
+                self.install_family,
+            ),
+            (f'extras: {" ".join(self.extras)}', lambda: self.install(*self.extras)),
+            ('ssn_plugin', self.install_project),
+        ]
+        for number, (title, step) in enumerate(steps, 1):
+            print(f'== [{number}/{len(steps)}] {title}', flush=True)
+            step()
+
+    def create(self) -> None:
+        """Make the environment, or complete the one there whose pip works."""
+        if python_version(self.venv):
+            for info in self.venv.glob('lib/python*/site-packages/*.dist-info'):
+                # pip writes INSTALLER last: without it the package was interrupted half-way, and
+                # pip would take it for installed
+                if not (info / 'INSTALLER').is_file():
+                    shutil.rmtree(info)
+            return
+        for path in self.venv.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        # not sys.executable: it may belong to the folder that has just been emptied
+        base = getattr(sys, '_base_executable', sys.executable)
+        made = subprocess.run(
+            [base, '-m', 'venv', str(self.venv)],
+            pass_fds=[self.lock.fileno()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if made.returncode:
+            raise SetupError(f'python -m venv: {explain(made.stdout.splitlines())}')
+
+    def pip(self, *arguments: str) -> None:
+        """Run pip, showing what it prints."""
+        process = subprocess.Popen(
+            [str(self.venv / 'bin' / 'python'), '-m', 'pip', *arguments],
+            cwd=ROOT,
+            env=child_environment(),
+            pass_fds=[self.lock.fileno()],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        last_lines = collections.deque(maxlen=500)
+        with process:
+            for line in process.stderr:
+                sys.stderr.write(line)
+                last_lines.append(line)
+        if process.returncode:
+            raise SetupError(f'pip {arguments[0]}: {explain(list(last_lines))}')
+
+    def install(self, *names: str) -> None:
+        """Install what the requirement files of these names list."""
+        self.pip(
+            'install', *[word for name in names for word in ('-r', f'requirements/{name}.txt')]
+        )
+
+    def install_torch(self) -> None:
+        """Install torch, before mmcv because mmcv is compiled against it."""
+        self.pip('install', *torch_requirement())
+
+    def install_family(self) -> None:
+        """Install the host framework, mmcv with its ops."""
+        pins = ROOT / 'requirements' / f'{self.family}.txt'
+        self.pip('install', '--no-build-isolation', '-r', str(pins))
+        if run_python(self.venv, '-c', OPS_CHECK).returncode == 0:
+            return
+        print('mmcv came without ops that work: building it again, about 7 minutes', flush=True)
+        name = MMCV[self.family]
+        pin = next(line for line in pins.read_text().splitlines() if line.startswith(name))
+        with contextlib.suppress(SetupError):  # pip calls it an error when it has kept nothing
+            self.pip('cache', 'remove', name.replace('-', '_'))
+        again = ['--no-build-isolation', '--no-deps', '--force-reinstall', pin.split()[0]]
+        self.pip('install', *again)
+        self.check(OPS_CHECK)
+
+    def install_project(self) -> None:
+        """Install this repository so that its files are used in place."""
+        self.pip('install', '--no-build-isolation', '--no-deps', '-e', '.')
+        self.check('import mmdet, mmseg')
+
+    def check(self, code: str) -> None:
+        """Raise SetupError with the last line of the traceback if the code fails."""
+        result = run_python(self.venv, '-c', code)
+        if result.returncode:
+            reason = result.stderr.strip().splitlines()[-1]
+            raise SetupError(f'the {self.family} packages do not work: {reason}')
+
+
+def set_up(venv: Path, family: str, extras: list) -> None:
+    """Bring the environment to the state that the requirement files describe."""
+    started = time.time()
+    wanted = fingerprint(family, extras)
+    if is_current(venv, wanted):
+        print(f'{venv} is up to date')
+        return
+    check_machine(venv, family)
+    with locked(venv) as lock:
+        if not is_current(venv, wanted):  # it is where the holder of the lock did the work
+            (venv / STAMP).unlink(missing_ok=True)
+            Environment(venv, family, extras, lock).build()
+            (venv / STAMP).write_text(wanted)
+    print(f'{venv} is ready after {time.time() - started:.0f} s')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--venv', type=Path, help='folder of the environment')
+    parser.add_argument('--family', choices=sorted(VENVS), default='onedl')
+    parser.add_argument('--extras', nargs='+', choices=EXTRAS, default=EXTRAS)
+    args = parser.parse_args()
+    try:
+        problems = python_problems(sys.version_info[:2], sys.executable)
+        if os.name != 'posix':
+            problems = ['Windows is not supported: use its subsystem for Linux']
+        if problems:
+            raise SetupError('; '.join(problems))
+        set_up((args.venv or ROOT / VENVS[args.family]).absolute(), args.family, args.extras)
+    except (SetupError, OSError) as error:
+        print(f'setup_env: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('setup_env: interrupted; run it again to go on', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Train a detector or a segmentor: checks the inputs, then runs the train script of mmdet or mmseg."""
+
+import argparse
+import sys
+
+from ssn_plugin.engine.host_tool import add_common_arguments, train
+from ssn_plugin.engine.preflight import InputError
+
+
+def main() -> None:
+    """Parse, check, train."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='Every other option (--resume, --amp, --auto-scale-lr, --launcher) is handed on to\n'
+        "the train script of the config's framework.\n\n"
+        'example:\n'
+        '  python tools/train.py configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py \\\n'
+        '      --work-dir work_dirs/demo --cfg-options train_dataloader.batch_size=2',
+    )
+    add_common_arguments(parser)
+    args, _ = parser.parse_known_args()
+    try:
+        train(args, sys.argv[1:])
+    except InputError as error:
+        sys.exit(f'train.py: {error}')
+
+
+if __name__ == '__main__':
+    main()
