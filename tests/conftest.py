@@ -1,4 +1,4 @@
-"""What every test shares: a fixed seed."""
+"""What every test shares: a fixed seed, and one thread for small tensors."""
 
 import pytest
 import torch
@@ -7,3 +7,17 @@ import torch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread unless a test trains a model.
+
+    The tensors of the others are so small that a second thread only waits, and where the machine is
+    busy with something else each of its waits costs milliseconds.
+    """
+    count = torch.get_num_threads()
+    if request.node.get_closest_marker('slow') is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)

@@ -90,7 +90,7 @@ def detection_batch(cfg: Config) -> dict:
 
     # numbers of box classes differ between COCO (80) and the demo, and class 0 and 1 exist in both
     return demo_mm_inputs(
-        2, [(3, 96, 128), (3, 128, 96)], num_items=[2, 1], num_classes=2, with_mask=True
+        2, [(3, 64, 96), (3, 96, 64)], num_items=[2, 1], num_classes=2, with_mask=True
     )
 
 

@@ -304,10 +304,17 @@ def test_survivor_of_a_killed_setup_holds_the_lock(setup_env, tmp_path, capfd):
         ('OSError: [Errno 28] No space left on device', 'the disk is full'),
         ('c++: fatal error: Killed signal terminated program cc1plus', 'MAX_JOBS=1'),
         ('ERROR: Failed building wheel for onedl-mmcv', 'Failed building wheel for onedl-mmcv'),
+        ("FileNotFoundError: 'README.md'", "FileNotFoundError: 'README.md'"),
     ],
 )
 def test_failure_of_pip_is_explained(setup_env, line, expected):
-    assert expected in setup_env.explain(['Collecting x\n', line + '\n', 'something after it\n'])
+    around = [
+        'Collecting x\n',
+        f'      {line}\n',
+        'error: metadata-generation-failed\n',
+        'hint: See\n',
+    ]
+    assert expected in setup_env.explain(around)
 
 
 def test_unreachable_index_ends_in_one_clear_line(tmp_path):

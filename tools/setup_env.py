@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -226,7 +227,8 @@ def explain(output: list) -> str:
         if any(sign in line for line in output):
             return meaning
     lines = [line.strip() for line in output if line.strip()] or ['no message']
-    return next((line for line in reversed(lines) if line.startswith('ERROR')), lines[-1])
+    errors = [line for line in lines if re.match(r'ERROR: |\w+Error: ', line)]
+    return (errors or lines)[-1]
 
 
 class Environment:

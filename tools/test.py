@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: checks the inputs, then runs the test script of mmdet or mmseg."""
+"""Evaluate a checkpoint: check the inputs, then run mmdet's or mmseg's own script."""
 
 import argparse
 import sys
@@ -12,8 +12,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='Every other option (--out, --show-dir, --tta, --launcher) is handed on to the test\n'
-        "script of the config's framework.\n\n"
+        epilog='Every other option (--out, --show-dir, --tta, --launcher) is handed on to\n'
+        "the test script of the config's framework.\n\n"
         'example:\n'
         '  python tools/test.py configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py \\\n'
         '      work_dirs/demo/iter_1200.pth --show-dir pictures',

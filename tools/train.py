@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor: checks the inputs, then runs the train script of mmdet or mmseg."""
+"""Train a detector or a segmentor: check the inputs, then run mmdet's or mmseg's own script."""
 
 import argparse
 import sys

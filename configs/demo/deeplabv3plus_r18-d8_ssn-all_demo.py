@@ -39,7 +39,9 @@ metainfo = dict(
     classes=('background', 'coin', 'cup', 'horse', 'motorcycle'),
     palette=[(60, 60, 60), (255, 205, 40), (230, 60, 50), (60, 200, 110), (70, 120, 255)],
 )
-dataset_type = 'CityscapesDataset'
+# CityscapesDataset, whose layout this is, takes its own 19 class names and no others.
+dataset_type = 'BaseSegDataset'
+suffixes = dict(img_suffix='_leftImg8bit.png', seg_map_suffix='_gtFine_labelTrainIds.png')
 data_root = 'data/demo/cityscapes/'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -63,6 +65,7 @@ train_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
+        **suffixes,
         data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'),
         pipeline=train_pipeline,
     ),
@@ -76,6 +79,7 @@ val_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
+        **suffixes,
         data_prefix=dict(img_path='leftImg8bit/val', seg_map_path='gtFine/val'),
         pipeline=test_pipeline,
     ),

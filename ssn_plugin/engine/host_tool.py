@@ -46,6 +46,16 @@ def host_script(config: Config, name: str) -> Path:
     return script
 
 
+class _Options(DictAction):
+    """DictAction with argparse's own error for what is no KEY=VALUE."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except ValueError:
+            parser.error(f'{option_string}: got {" ".join(values)!r}, expected KEY=VALUE pairs')
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that are looked at before the host's script sees them.
 
@@ -57,7 +67,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Options,
         metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_dataloader.batch_size=1',
     )

@@ -1,6 +1,7 @@
 """The paper's formulas in plain autograd, slow and literal: what every faster route must equal.
 
-Nothing here is optimised or shared with the fast paths, so that agreement means something. Run it in float64.
+Nothing here is optimised or shared with the fast paths, so that agreement means something. Run it
+in float64.
 """
 
 import math

@@ -68,7 +68,7 @@ def _directions(gaps: Tensor, inside: Tensor, ranks: Tensor) -> tuple[Tensor, Te
 
 
 class SparsestMaxFunction(torch.autograd.Function):
-    """Forward and backward of SparsestMax along the last dimension; see ``functional.sparsestmax``."""
+    """SparsestMax along the last dimension; see ``functional.sparsestmax``."""
 
     @staticmethod
     def forward(ctx, z: Tensor, radius: Tensor) -> Tensor:
@@ -98,18 +98,20 @@ class SparsestMaxFunction(torch.autograd.Function):
 
         simplex_point, simplex_support = _project_on_simplex(gaps, ranks)
         distance = (simplex_point - 1 / size).square().sum(-1, keepdim=True).sqrt()
-        outside = distance >= radius
+        limit = circumradius(size)
+        beyond = radius >= limit * (1 - _RADIUS_TOLERANCE)
+        # A sparsemax point that rounding keeps off its vertex by 1e-17 is not one-hot yet.
+        outside = (distance >= radius) & ~beyond
 
         # In the face of the k largest entries the circle has radius r_k; the first face, from the
         # largest on, in which the pushed-out point has no negative entry holds the solution.
-        limit = circumradius(size)
-        reach = (
-            (radius.clamp(0, limit).square() + 1 / size - 1 / ranks.to(dtype)).clamp(min=0).sqrt()
-        )
+        inverse_ranks = 1 / ranks.to(dtype)
+        farther = inverse_ranks - inverse_ranks[-1]  # squared distance of the faces' centres
+        reach = (radius.clamp(0, limit).square() - farther).clamp(min=0).sqrt()
         direction, spread, tie = _directions(gaps, inside, ranks)
-        lowest = 1 / ranks.to(dtype) + reach * direction.diagonal(dim1=-2, dim2=-1)
+        lowest = inverse_ranks + reach * direction.diagonal(dim1=-2, dim2=-1)
         support = torch.where(tie | (lowest >= 0), ranks, 0).amax(-1, keepdim=True)
-        support = torch.where(radius >= limit * (1 - _RADIUS_TOLERANCE), 1, support)
+        support = torch.where(beyond, 1, support)
         face = (support - 1).unsqueeze(-1)
         direction = direction.gather(-2, face.expand(*face.shape[:-1], size)).squeeze(-2)
         reach = reach.expand_as(spread).gather(-1, support - 1)

@@ -6,6 +6,7 @@ has the derivation.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,6 +23,11 @@ from ssn_plugin.ops.statistics import (
     ratio_gradients,
     row_gradients,
 )
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager:
+    """Autocast off: what it would lower are statistics. The meta device knows no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class SwitchableNormFunction(torch.autograd.Function):
@@ -63,7 +69,7 @@ class SwitchableNormFunction(torch.autograd.Function):
             no candidate or running statistics were given.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x):
             length = x.numel() // (x.shape[0] * x.shape[1])
             normalized, row_mean, row_var, row_scale = backend.standardize_rows(x.to(dtype))
             rows = Moments(row_mean, correct_row_variance(row_var, length, correction))
@@ -124,7 +130,7 @@ class SwitchableNormFunction(torch.autograd.Function):
         dtype = row_mean.dtype
         rows = Moments(row_mean, row_var)
         batch = None if batch_mean is None else Moments(batch_mean, batch_var)
-        with torch.autocast(x.device.type, enabled=False):
+        with _full_precision(x):
             values, dy = x.to(dtype), dy.to(dtype)
             sums, products = backend.row_sums(dy, values)
             centred = products - mean * sums  # sum over the row of dy * (x - mean)

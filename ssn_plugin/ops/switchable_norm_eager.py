@@ -15,26 +15,41 @@ def _per_row(statistic: Tensor, x: Tensor) -> Tensor:
 
 
 def standardize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardise every row and keep its moments.
+    """Centre every row, at a scale that suits the backend, and keep its moments.
 
     ``native_group_norm`` with one group per channel is ATen's one fast route to row moments, and
-    what it writes can be rescaled in place into the layer's output.
+    what it writes can be rescaled in place into the layer's output. On channels_last, though, it
+    takes E[x^2] - E[x]^2, so there the rows are centred first.
 
     Args:
         x: Shape (N, C, ...), not empty, float32 or float64.
 
     Returns:
-        Standardised x; row mean, biased row variance and the row scale that was applied, (N, C).
+        Centred rows times the row scale, in the memory format of x; row mean, biased row variance
+        and row scale, each (N, C).
     """
     num, channels = x.shape[:2]
     length = x.numel() // (num * channels)
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    dense = x if channels_last else x.contiguous()
+    if _is_channels_last(x):
+        spatial = tuple(range(2, x.dim()))
+        mean = x.mean(spatial)
+        centred = x - _per_row(mean, x)
+        var = torch.linalg.vector_norm(centred, dim=spatial).square() / length
+        return centred, mean, var, torch.ones_like(mean)
     normalized, mean, scale = torch.native_group_norm(
-        dense, None, None, num, channels, length, channels, _ROW_EPS
+        x.contiguous(), None, None, num, channels, length, channels, _ROW_EPS
     )
     var = (scale.square().reciprocal() - _ROW_EPS).clamp(min=0)
     return normalized, mean, var, scale
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return (
+        x.dim() in formats
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=formats[x.dim()])
+    )
 
 
 def rescale_rows_(normalized: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -98,21 +98,21 @@ def test_sets_every_layer_by_runner_iter_and_not_by_batch_idx():
     model = nn.Sequential(
         SSN(2), nn.Sequential(nn.Conv2d(2, 2, 1), SSN(2, normalizers=('IN', 'BN')))
     )
-    runner = Mock(model=model, iter=3, max_iters=13)
+    runner = Mock(model=model, iter=3, max_iters=13, hooks=[])
     SSNRadiusHook().before_train_iter(runner, batch_idx=9)
     assert [m.radius.item() for m in (model[0], model[1][1])] == [0.25, 0.25]
 
 
 def test_mock_warnings_name_undecided_and_frozen_layers_separately():
     model = nn.ModuleDict(
-        dict(undecided=SSN(2), decided=SSN(2), half=SSN(2), stuck=SSN(2), stuck_decided=SSN(2))
+        dict(undecided=SSN(2), decided=SSN(2), partly=SSN(2), stuck=SSN(2), stuck_decided=SSN(2))
     )
     set_radius(model['decided'], 1.0)
     set_radius(model['stuck_decided'], 1.0)
     with torch.no_grad():
-        model['half'].mean_weight.copy_(torch.tensor([3.0, 0.0, 0.0]))  # one-hot at radius 0
-    set_radius(model['half'], 0.0)
-    assert model['half'].selected == ('IN', None)
+        model['partly'].mean_weight.copy_(torch.tensor([3.0, 0.0, 0.0]))  # one-hot at radius 0
+    set_radius(model['partly'], 0.0)
+    assert model['partly'].selected == ('IN', None)
     for name in ('stuck', 'stuck_decided'):
         model[name].requires_grad_(False)
     runner = Mock(model=nn.Sequential(model))
@@ -120,7 +120,7 @@ def test_mock_warnings_name_undecided_and_frozen_layers_separately():
     (growing,), (frozen,) = (call.args for call in runner.logger.warning.call_args_list)
     assert '2 SSN layers are not one-hot' in growing
     assert 'end_radius=0.5' in growing
-    assert growing.endswith(': 0.undecided, 0.half')
+    assert growing.endswith(': 0.undecided, 0.partly')
     assert '1 SSN layers with frozen parameters' in frozen
     assert frozen.endswith(': 0.stuck')
 
@@ -311,7 +311,7 @@ net = nn.Sequential(nn.Conv2d(2, 4, 3), SSN(4), nn.ReLU(), nn.Conv2d(4, 4, 3), S
 target = torch.randn(4)
 model = MMDistributedDataParallel(net, device_ids=None, broadcast_buffers=False)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-runner = SimpleNamespace(model=model, max_iters=12)
+runner = SimpleNamespace(model=model, max_iters=12, hooks=[])
 hook, sync = SSNRadiusHook(), SyncBuffersHook()
 torch.manual_seed(rank)  # every rank its own images
 report = []

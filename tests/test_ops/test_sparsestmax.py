@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -67,23 +66,15 @@ def random_problem(size: int) -> tuple[torch.Tensor, float]:
     return torch.randn(size, dtype=torch.float64) * scale, radius
 
 
-def problems_away_from_kinks(
-    size: int, count: int, radius: float | None = None, margin: float = 1e-2
-) -> list:
-    """Problems in which no change of one entry by ``margin`` changes the face or the regime.
+def away_from_kinks(z: torch.Tensor, radius: float, margin: float = 1e-2) -> bool:
+    """Whether no change of one entry by ``margin`` changes the face or whether the circle binds.
 
-    So each is at least ``margin`` away, along every axis, from a change of support, from a ratio
-    that reaches zero and from the radius beginning or ceasing to bind.
+    So z is at least ``margin`` away, along every axis, from a change of support, from a ratio that
+    reaches zero, and from the circle beginning or ceasing to bind.
     """
-    found = []
-    while len(found) < count:
-        z, drawn = random_problem(size)
-        r = drawn if radius is None else radius
-        regime = best_point(z, r)[1:]
-        neighbours = (z + margin * sign * axis for axis in torch.eye(size) for sign in (1, -1))
-        if all(best_point(n, r)[1:] == regime for n in neighbours):
-            found.append((z, r, regime))
-    return found
+    regime = best_point(z, radius)[1:]
+    steps = margin * torch.cat((torch.eye(len(z)), -torch.eye(len(z)))).double()
+    return all(best_point(z + step, radius)[1:] == regime for step in steps)
 
 
 def jacobian(z: torch.Tensor, radius: float) -> torch.Tensor:
@@ -93,11 +84,11 @@ def jacobian(z: torch.Tensor, radius: float) -> torch.Tensor:
 # The definition
 
 
-@pytest.mark.parametrize(('size', 'steps'), [(3, 300), (4, 80), (5, 40)])
+@pytest.mark.parametrize(('size', 'steps'), [(3, 300), (4, 60), (5, 30)])
 def test_no_point_of_a_fine_grid_is_better(size, steps):
     grid = simplex_grid(size, steps)
     distance = (grid - 1 / size).norm(dim=-1)
-    for _ in range(40):
+    for _ in range(20):
         z, radius = random_problem(size)
         p = sparsestmax(z, radius)
         assert p.min() >= 0
@@ -111,16 +102,16 @@ def test_no_point_of_a_fine_grid_is_better(size, steps):
 
 @pytest.mark.parametrize('size', [2, 3, 4, 5, 6])
 def test_is_the_best_of_the_stationary_points_of_all_faces(size):
-    for _ in range(150 if size < 6 else 40):
+    for _ in range(80 if size < 5 else 30):
         z, radius = random_problem(size)
         torch.testing.assert_close(
             sparsestmax(z, radius), best_point(z, radius)[0], rtol=0, atol=1e-11
         )
 
 
-@pytest.mark.parametrize('size', [3, 4, 5, 8])
+@pytest.mark.parametrize('size', [3, 5, 8])
 def test_reference_recursion_agrees(size):
-    for _ in range(100):
+    for _ in range(60):
         z, radius = random_problem(size)
         torch.testing.assert_close(
             sparsestmax(z, radius), reference.sparsestmax(z, radius), rtol=0, atol=1e-11
@@ -178,11 +169,11 @@ HAND_WORKED = {
     # Already far enough from the centre: the distance of (0.6, 0.4, 0) is sqrt(14/75) = 0.432.
     'circle that does not bind': ((0.6, 0.4, -0.3), 0.43, (0.6, 0.4, 0)),
     'two candidates': ((0.1, 0.0), 0.5, (0.5 + math.sqrt(1 / 8), 0.5 - math.sqrt(1 / 8))),
-    # The circle leaves the tetrahedron; face of three, of radius sqrt(0.16 - 1/12).
+    # The circle leaves the tetrahedron; face of three, of radius sqrt(0.45^2 - 1/12).
     'four candidates': (
         (-0.1, 0.3, -0.3, 0.1),
-        0.4,
-        (1 / 3 - math.sqrt(23 / 600), 1 / 3 + math.sqrt(23 / 600), 0, 1 / 3),
+        0.45,
+        (1 / 3 - math.sqrt(143 / 2400), 1 / 3 + math.sqrt(143 / 2400), 0, 1 / 3),
     ),
     'beyond the circumradius': ((0.1, 0.0, -0.1), 0.8165, (1, 0, 0)),
 }
@@ -257,6 +248,21 @@ def test_radius_as_tensor_equals_radius_as_float(radius):
     torch.testing.assert_close(sparsestmax(z, torch.tensor(radius)), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('radius', [1e-5, 1e-4, 3e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize('size', SIZES)
+def test_small_radius_keeps_its_digits_in_float32(size, radius):
+    # The first iterations of a run: the ratios are equal to a millionth and the radius is small.
+    z = torch.arange(size, dtype=torch.float32).mul_(1e-6).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    p, expected = sparsestmax(z, radius), sparsestmax(exact, radius)
+    torch.testing.assert_close(p.double(), expected, rtol=0, atol=1e-7)
+    assert (expected - 1 / size).norm().item() == pytest.approx(radius)
+    upstream = torch.randn(size)
+    (dz,) = torch.autograd.grad(p, z, upstream)
+    (expected_dz,) = torch.autograd.grad(expected, exact, upstream.double())
+    torch.testing.assert_close(dz.double(), expected_dz, rtol=1e-4, atol=1e-4)
+
+
 def test_ratios_sharpen_with_the_radius():
     z = torch.randn(100, 4, dtype=torch.float64) * 0.1
     radii = torch.linspace(0, circumradius(4), 50).tolist()
@@ -308,19 +314,27 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 @pytest.mark.parametrize('size', SIZES)
 def test_gradcheck_away_from_kinks(size):
-    regimes = Counter()
-    for z, radius, (face, binds) in problems_away_from_kinks(size, 40):
-        regimes[len(face), binds] += 1
+    # Every number of positive ratios, with the circle binding and not. A vertex binds nowhere: it
+    # is sparsemax, or lies beyond the circumradius.
+    wanted = {(count, binds): 4 for count in range(1, size + 1) for binds in (False, True)}
+    del wanted[1, True]
+    while any(wanted.values()):
+        z, radius = random_problem(size)
+        _, face, binds = best_point(z, radius)
+        if not wanted.get((len(face), binds)) or not away_from_kinks(z, radius):
+            continue
+        wanted[len(face), binds] -= 1
         assert torch.autograd.gradcheck(lambda v, r=radius: sparsestmax(v, r), z.requires_grad_())
-    # Every number of positive ratios occurred, with the circle binding and not.
-    assert all(regimes[count, False] for count in range(1, size + 1))
-    assert all(regimes[count, True] for count in range(2, size + 1))
 
 
 @pytest.mark.parametrize('radius', [0.0, 0.3, 0.6])
 @pytest.mark.parametrize('dim', [0, 1, 2, -1, -2, -3])
 def test_gradcheck_over_dims(dim, radius):
-    rows = [z for z, _, _ in problems_away_from_kinks(3, 4, radius)]
+    rows = []
+    while len(rows) < 4:
+        z = torch.randn(3, dtype=torch.float64) * 0.3
+        if away_from_kinks(z, radius):
+            rows.append(z)
     z = torch.stack(rows).reshape(2, 2, 3).movedim(-1, dim).contiguous()
     assert torch.autograd.gradcheck(lambda v: sparsestmax(v, radius, dim), z.requires_grad_())
 
@@ -370,7 +384,7 @@ KINKS = {
     'the circle begins to bind on a face': lambda t: (FACE, math.sqrt(14 / 75) + t),
     'a ratio on the circle reaches zero': lambda t: (SMALL, math.sqrt(2) / 3 + t),
     'a ratio on the circle of four reaches zero': lambda t: (
-        vector(0.3, 0.1, -0.1, -0.3),
+        vector(0.03, 0.01, -0.01, -0.03),
         math.sqrt(5) / 6 + t,
     ),
 }
@@ -479,11 +493,9 @@ def test_partial_tie(z, radius, expected):
     assert jacobian(z, radius).norm() < 10
 
 
-@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('size', [3, 4, 5])
 def test_partial_tie_equals_the_tie_of_a_smaller_face(size):
     # One entry far below: the rest is a tie of size - 1, in any position.
-    if size == 2:
-        pytest.skip('two entries have no partial tie')
     radius = 0.97 * circumradius(size)
     for low in range(size):
         z = torch.zeros(size, dtype=torch.float64)
@@ -493,7 +505,7 @@ def test_partial_tie_equals_the_tie_of_a_smaller_face(size):
         assert p[low] == 0
         assert p[tied].argmax() == size - 2
         assert (p - 1 / size).norm().item() == pytest.approx(radius)
-        assert p[tied[:-1]].diff().abs().max() < 1e-15 if size > 3 else True
+        assert p[tied[:-1]].max() - p[tied[:-1]].min() < 1e-15
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)

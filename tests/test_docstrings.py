@@ -1,0 +1,84 @@
+"""Every public object has a docstring, and the examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+
+import ssn_plugin
+
+PACKAGE = Path(ssn_plugin.__file__).parent
+# What a module cannot be imported without.
+NEEDS = {
+    'mmdet_resnet': 'mmdet',
+    'mmseg_resnet': 'mmseg',
+    'demo_data': 'skimage',
+    'plots': 'matplotlib',
+}
+
+
+def modules() -> list[str]:
+    files = (path.relative_to(PACKAGE.parent).with_suffix('') for path in PACKAGE.rglob('*.py'))
+    return sorted('.'.join(f.parts).removesuffix('.__init__') for f in files)
+
+
+def load(name: str):
+    for part, needed in NEEDS.items():
+        if part in name.split('.'):
+            pytest.importorskip(needed)
+    return importlib.import_module(name)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_default_scope(monkeypatch):
+    # An example that sets mmengine's default scope would set it for every test after it.
+    monkeypatch.setattr(DefaultScope, '_instance_dict', DefaultScope._instance_dict.copy())
+
+
+@pytest.mark.parametrize('name', modules())
+def test_examples_run(name):
+    module = load(name)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    report = []
+    for test in finder.find(module, name):
+        torch.manual_seed(0)
+        runner.run(test, out=report.append)
+    assert runner.summarize(verbose=False).failed == 0, ''.join(report)
+
+
+@pytest.mark.parametrize('name', modules())
+def test_public_objects_have_docstrings(name):
+    module = load(name)
+    assert module.__doc__, name
+    own = [
+        value
+        for key, value in vars(module).items()
+        if not key.startswith('_') and getattr(value, '__module__', None) == name
+    ]
+    for value in own:
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), value
+
+
+@pytest.mark.parametrize('name', sorted(set(ssn_plugin.__all__) - {'__version__'}))
+def test_what_users_call_has_a_complete_docstring(name):
+    value = getattr(ssn_plugin, name)
+    text = inspect.getdoc(value)
+    if name in ('SSN1d', 'SSN2d', 'SSN3d'):
+        assert ':class:`SSN`' in text
+        return
+    assert 'Args:' in text
+    assert 'Example:' in text
+    for parameter in inspect.signature(value).parameters:
+        assert f'\n    {parameter}: ' in text, f'{name}: {parameter} is not described'
+
+
+def test_examples_that_fail_are_noticed():
+    # Or the first test would pass on anything.
+    test = doctest.DocTestParser().get_doctest('>>> 1 + 1\n3\n', {}, 'wrong', None, 0)
+    assert doctest.DocTestRunner().run(test, out=lambda text: None).failed == 1

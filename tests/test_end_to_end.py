@@ -1,0 +1,161 @@
+"""Real runs of the demo configs, cut short: train, resume, test, inference, through every script."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssn_plugin.demo_data import make_demo_dataset
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    'mmdet': ROOT / 'configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py',
+    'mmseg': ROOT / 'configs/demo/deeplabv3plus_r18-d8_ssn-all_demo.py',
+}
+METRICS = {'mmdet': ('coco/bbox_mAP', 'coco/segm_mAP'), 'mmseg': ('mIoU', 'aAcc')}
+SHORT = [
+    'train_cfg.max_iters=6',
+    'train_cfg.val_interval=6',
+    'default_hooks.checkpoint.interval=3',
+    'default_hooks.checkpoint.max_keep_ckpts=-1',
+    'default_hooks.logger.interval=1',
+    'train_dataloader.batch_size=2',
+]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    """A working folder with a few demo scenes where the demo configs look for them."""
+    path = tmp_path_factory.mktemp('run')
+    make_demo_dataset(path / 'data/demo', num_train=6, num_val=3)
+    return path
+
+
+def run(folder: Path, *arguments: object) -> str:
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': ''},
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def scalars(work_dir: Path) -> list[dict]:
+    (path,) = work_dir.glob('*/vis_data/scalars.json')
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope='module', params=['mmdet', 'mmseg'])
+def trained(request, folder) -> tuple[str, Path]:
+    """A short run of our train script."""
+    scope = request.param
+    work_dir = folder / scope
+    run(
+        folder,
+        ROOT / 'tools/train.py',
+        CONFIGS[scope],
+        '--work-dir',
+        work_dir,
+        '--cfg-options',
+        *SHORT,
+    )
+    return scope, work_dir
+
+
+def test_radius_and_decisions_are_logged(trained):
+    records = [record for record in scalars(trained[1]) if 'ssn_radius' in record]
+    assert records[-1]['ssn_radius'] == 1.0
+    assert records[-1]['ssn_decided'] > 20
+
+
+def test_every_layer_is_frozen_in_the_checkpoint(trained):
+    saved = torch.load(trained[1] / 'iter_6.pth', map_location='cpu', weights_only=False)
+    weights = saved['state_dict']
+    fixed = [value for key, value in weights.items() if key.endswith('_fixed')]
+    assert fixed
+    assert all(int(value) == 1 for value in fixed)
+    control = [
+        value for key, value in weights.items() if key.endswith(('mean_weight', 'var_weight'))
+    ]
+    assert all(sorted(value.tolist()) == [0, 0, 1] for value in control)
+
+
+def test_the_test_script_repeats_the_last_validation(trained, folder, tmp_path):
+    scope, work_dir = trained
+    validated = [record for record in scalars(work_dir) if METRICS[scope][0] in record][-1]
+    run(
+        folder,
+        ROOT / 'tools/test.py',
+        CONFIGS[scope],
+        work_dir / 'iter_6.pth',
+        '--work-dir',
+        tmp_path,
+    )
+    (path,) = tmp_path.glob('*/*.json')
+    tested = json.loads(path.read_text())
+    for name in METRICS[scope]:
+        assert tested[name] == validated[name]
+
+
+def test_stock_script_runs_our_config(trained, folder, tmp_path):
+    scope, _ = trained
+    module = __import__(scope)
+    script = Path(module.__file__).parent / '.mim/tools/train.py'
+    run(
+        folder,
+        script,
+        CONFIGS[scope],
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *SHORT,
+        'train_cfg.max_iters=2',
+    )
+    assert (tmp_path / 'iter_2.pth').is_file()
+
+
+def test_resumed_run_goes_on_at_the_exact_radius(trained, folder, tmp_path):
+    scope, work_dir = trained
+    (tmp_path / 'iter_3.pth').write_bytes((work_dir / 'iter_3.pth').read_bytes())
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_3.pth'))
+    arguments = ['--work-dir', tmp_path, '--resume', '--cfg-options', *SHORT]
+    log = run(folder, ROOT / 'tools/train.py', CONFIGS[scope], *arguments)
+    assert re.search(r'resumed epoch: \d+, iter: 3', log)
+    final = [torch.load(d / 'iter_6.pth', weights_only=False) for d in (work_dir, tmp_path)]
+    radii = [
+        {key: float(value) for key, value in saved['state_dict'].items() if key.endswith('radius')}
+        for saved in final
+    ]
+    assert radii[0] == radii[1]
+    assert set(radii[0].values()) == {1.0}
+
+
+def test_inference_interfaces(trained, folder):
+    scope, work_dir = trained
+    checkpoint = str(work_dir / 'iter_6.pth')
+    if scope == 'mmdet':
+        from mmdet.apis import DetInferencer
+
+        picture = next((folder / 'data/demo/coco/val2017').glob('*.jpg'))
+        inferencer = DetInferencer(str(CONFIGS[scope]), checkpoint, device='cpu')
+        found = inferencer(str(picture), return_datasamples=True)['predictions'][0]
+        assert found.pred_instances.masks.shape[1:] == (128, 160)
+    else:
+        from mmseg.apis import inference_model, init_model
+
+        picture = next((folder / 'data/demo/cityscapes/leftImg8bit/val').rglob('*.png'))
+        model = init_model(str(CONFIGS[scope]), checkpoint, device='cpu')
+        found = inference_model(model, str(picture))
+        assert found.pred_sem_seg.data.shape == (1, 128, 160)
+        assert np.isfinite(found.seg_logits.data.numpy()).all()

@@ -1,0 +1,271 @@
+"""SSNRatioHook: what reaches the log, the message hub and TensorBoard, and in which iterations."""
+
+import re
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import MMDistributedDataParallel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin.engine.ratio_hook import SSNRatioHook, importance_scalars
+
+HOOKS = (dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=5))
+
+
+def tensorboard():
+    """A visualizer for one run: building it writes the folder of the run into the dict."""
+    return dict(type='Visualizer', vis_backends=[dict(type='TensorboardVisBackend')])
+
+
+def set_control(layer, mean, var):
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor(mean))
+        layer.var_weight.copy_(torch.tensor(var))
+
+
+def scalars_of(runner):
+    """Tag -> [(step, value), ...] of the TensorBoard event file of a run."""
+    (file,) = Path(runner.work_dir).rglob('events.out.tfevents.*')
+    events = EventAccumulator(str(file), size_guidance=dict(scalars=0)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()['scalars']
+    }
+
+
+class Ratios(Hook):
+    """Notes the ratios after every iteration, before the hook under test could look at them."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self):
+        self.history = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        model = runner.model
+        self.history.append(
+            {
+                f'ssn/{name}/{statistic}/{normalizer}': ratio
+                for name in ('norm1', 'norm2')
+                for statistic in ('mean', 'var')
+                for normalizer, ratio in zip(
+                    getattr(model, name).normalizers,
+                    getattr(getattr(model, name), f'{statistic}_ratios').tolist(),
+                    strict=True,
+                )
+            }
+        )
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+def test_hand_worked_ratios():
+    model = nn.Sequential(SSN(4), nn.Sequential(SSN(4)))
+    # at radius 0 these are sparsemax: (.6, .4, -.3) -> (.6, .4, 0), (1.5, 0, 0) -> (1, 0, 0)
+    set_control(model[0], [0.6, 0.4, -0.3], [1.5, 0.0, 0.0])
+    set_control(model[1][0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0])
+    summary, per_layer = importance_scalars(model)
+    assert per_layer == pytest.approx(
+        {
+            'ssn/0/mean/IN': 0.6, 'ssn/0/mean/LN': 0.4, 'ssn/0/mean/BN': 0.0,
+            'ssn/0/var/IN': 1.0, 'ssn/0/var/LN': 0.0, 'ssn/0/var/BN': 0.0,
+            'ssn/1.0/mean/IN': 0.0, 'ssn/1.0/mean/LN': 0.0, 'ssn/1.0/mean/BN': 1.0,
+            'ssn/1.0/var/IN': 0.0, 'ssn/1.0/var/LN': 1.0, 'ssn/1.0/var/BN': 0.0,
+        },
+        abs=1e-6,
+    )  # fmt: skip
+    assert summary == pytest.approx(
+        dict(ssn_radius=0.0, ssn_decided=1.0, ssn_IN=0.4, ssn_LN=0.35, ssn_BN=0.25), abs=1e-6
+    )
+    assert all(type(value) is float for value in (*summary.values(), *per_layer.values()))
+
+
+def test_radius_is_the_largest_of_the_model():
+    model = nn.Sequential(SSN(4, radius=0.2), SSN(4), SSN(4))
+    model[0].requires_grad_(False)  # a frozen stage keeps its radius
+    set_radius(model, 0.5)
+    assert [layer.radius.item() for layer in model] == pytest.approx([0.2, 0.5, 0.5])
+    assert importance_scalars(model)[0]['ssn_radius'] == 0.5
+    assert importance_scalars(model)[0]['ssn_decided'] == 0
+    set_radius(model, 1.0)
+    assert importance_scalars(model)[0]['ssn_radius'] == 1.0
+    assert importance_scalars(model)[0]['ssn_decided'] == 2
+
+
+def test_layers_of_different_candidates():
+    model = nn.Sequential(
+        SSN(4, normalizers=('IN', 'BN')),
+        SN(4, normalizers=('IN', 'LN')),
+        SSN(4, normalizers=('IN', 'LN', 'BN', 'GN'), num_groups=2, radius=0.3),
+    )
+    set_control(model[0], [0.7, 0.3], [0.2, 0.8])
+    summary, per_layer = importance_scalars(model)
+    assert list(per_layer) == [
+        f'ssn/{i}/{statistic}/{normalizer}'
+        for i, names in enumerate((('IN', 'BN'), ('IN', 'LN'), ('IN', 'LN', 'BN', 'GN')))
+        for statistic in ('mean', 'var')
+        for normalizer in names
+    ]
+    assert per_layer['ssn/0/mean/IN'] == pytest.approx(0.7)
+    assert per_layer['ssn/0/var/BN'] == pytest.approx(0.8)
+    assert per_layer['ssn/1/var/LN'] == pytest.approx(0.5)
+    last = {key: per_layer[f'ssn/2/mean/{key}'] for key in ('IN', 'LN', 'BN', 'GN')}
+    assert list(last.values()) == pytest.approx(model[2].mean_ratios.tolist())
+    # averaged over the layers that have the candidate
+    assert summary['ssn_GN'] == pytest.approx(last['GN'])
+    assert summary['ssn_LN'] == pytest.approx((2 * 0.5 + 2 * last['LN']) / 4)
+    assert summary['ssn_radius'] == pytest.approx(0.3)
+
+
+def test_sn_alone_has_ratios_and_no_radius():
+    model = nn.Sequential(SN(4), SN(4))
+    set_control(model[0], [0.0, 0.0, 0.0], [50.0, 0.0, 0.0])
+    summary, per_layer = importance_scalars(model)
+    assert summary['ssn_radius'] == 0
+    assert summary['ssn_decided'] == 0  # two statistics make a layer
+    assert summary['ssn_BN'] == pytest.approx((3 / 3 + 0) / 4, abs=1e-6)
+    assert len(per_layer) == 12
+
+
+def test_model_without_such_layers():
+    assert importance_scalars(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))) == ({}, {})
+
+
+@pytest.mark.parametrize('interval', [0, -1, 2.0, '5', None, True])
+def test_bad_interval_is_named(interval):
+    with pytest.raises(ValueError, match='interval') as raised:
+        SSNRatioHook(interval=interval)
+    assert repr(interval) in str(raised.value)
+
+
+# ---------------------------------------------------------------- when and where they go
+
+
+@pytest.mark.parametrize(
+    ('interval', 'max_iters', 'expected'),
+    [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (5, 10, [5, 10]), (50, 7, [7])],
+)
+def test_recorded_every_interval_and_after_the_last(interval, max_iters, expected):
+    hook = SSNRatioHook(interval)
+    runner = Mock(model=nn.Sequential(SSN(2)), max_iters=max_iters)
+    for runner.iter in range(max_iters):
+        hook.after_train_iter(runner, batch_idx=0)
+    steps = [call.kwargs['step'] for call in runner.visualizer.add_scalars.call_args_list]
+    assert steps == expected
+    names = [call.args[0] for call in runner.message_hub.update_scalar.call_args_list]
+    assert names.count('train/ssn_radius') == names.count('train/ssn_decided') == len(expected)
+
+
+def test_names_are_the_models_and_not_its_wrappers():
+    torch.distributed.init_process_group(
+        'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        wrapped = MMDistributedDataParallel(nn.Sequential(SSN(2)), device_ids=None)
+        runner = Mock(model=wrapped, iter=0, max_iters=1)
+        SSNRatioHook().after_train_iter(runner, batch_idx=0)
+        (scalars,) = runner.visualizer.add_scalars.call_args.args
+        assert 'ssn/0/mean/IN' in scalars
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
+def test_log_line(make_runner, by_epoch):
+    runner = make_runner(by_epoch, hooks=HOOKS)
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    lines = re.findall(r'(?:Iter|Epoch)\(train\).*', log)
+    assert len(lines) == 12
+    radii = [re.search(r'ssn_radius: ([\d.]+)', line) for line in lines]
+    decided = [re.search(r'ssn_decided: ([\d.]+)', line) for line in lines]
+    # nothing before the first record; from then on the latest one
+    expected = [None] * 4 + [4 / 11] * 5 + [9 / 11] * 2 + [1.0]
+    for match, radius in zip(radii, expected, strict=True):
+        assert (match is None) == (radius is None)
+        assert match is None or float(match[1]) == pytest.approx(radius, abs=1e-4)
+    assert [float(match[1]) for match in decided[4:]] == [0] * 5 + [2] * 3
+    ratios = {
+        name: float(value) for name, value in re.findall(r'ssn_([ILB]N): ([\d.]+)', lines[-1])
+    }
+    assert set(ratios) == {'IN', 'LN', 'BN'}
+    assert sum(ratios.values()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
+def test_tensorboard_holds_every_layer(make_runner, by_epoch):
+    runner = make_runner(by_epoch, hooks=HOOKS, visualizer=tensorboard())
+    spy = Ratios()
+    runner.register_hook(spy)
+    runner.train()
+    scalars = scalars_of(runner)
+    per_layer = {tag: values for tag, values in scalars.items() if tag.startswith('ssn/')}
+    assert set(per_layer) == set(spy.history[0])
+    assert len(per_layer) == 2 * 2 * 3
+    for tag, values in per_layer.items():
+        assert [step for step, _ in values] == [5, 10, 12]
+        assert [value for _, value in values] == pytest.approx(
+            [spy.history[step - 1][tag] for step, _ in values]
+        )
+    assert sorted(values[-1][1] for values in per_layer.values()) == [0.0] * 8 + [1.0] * 4
+    # the summary comes along with the log lines, here one per iteration
+    assert scalars['ssn_radius'][-1] == (12, 1.0)
+    assert scalars['ssn_decided'][-1] == (12, 2.0)
+    assert dict(scalars['ssn_radius'])[5] == pytest.approx(4 / 11)
+
+
+def test_last_iteration_is_recorded_where_the_logger_prints_nothing(make_runner):
+    runner = make_runner(
+        hooks=HOOKS,
+        visualizer=tensorboard(),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=50)),
+    )
+    runner.train()
+    history = runner.message_hub.get_scalar('train/ssn_radius')
+    assert history.data[1].sum() == 3  # iterations 5, 10 and 12
+    assert history.current() == 1.0
+    assert runner.message_hub.get_scalar('train/ssn_decided').current() == 2.0
+    assert [step for step, _ in scalars_of(runner)['ssn/norm1/mean/BN']] == [5, 10, 12]
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        dict(type='ToyNet', norm_cfg=dict(type='SN')),
+        dict(
+            type='ToyNet',
+            norm_cfg=dict(type='SSN', normalizers=('IN', 'BN')),
+            second_norm_cfg=dict(type='SN', normalizers=('IN', 'LN', 'BN', 'GN'), num_groups=2),
+        ),
+    ],
+    ids=['SN_only', 'mixed'],
+)
+def test_run_with_other_layers(make_runner, model):
+    runner = make_runner(hooks=HOOKS, visualizer=tensorboard(), model=model)
+    spy = Ratios()
+    runner.register_hook(spy)
+    runner.train()
+    scalars = scalars_of(runner)
+    for tag, ratio in spy.history[-1].items():
+        assert scalars[tag][-1] == (12, pytest.approx(ratio))
+    has_ssn = model['norm_cfg']['type'] == 'SSN'
+    assert scalars['ssn_radius'][-1] == (12, float(has_ssn))
+    assert scalars['ssn_decided'][-1] == (12, float(has_ssn))
+
+
+def test_run_without_such_layers(make_runner):
+    runner = make_runner(
+        hooks=[dict(type='SSNRatioHook')],
+        visualizer=tensorboard(),
+        model=dict(type='ToyNet', norm_cfg=dict(type='BN')),
+    )
+    runner.train()
+    scalars = scalars_of(runner)
+    assert 'loss' in scalars
+    assert not [tag for tag in scalars if tag.startswith('ssn')]

@@ -1,0 +1,139 @@
+"""Who may import what: the order of the folders, torch alone below, host packages where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ssn_plugin
+
+PACKAGE = Path(ssn_plugin.__file__).parent
+FILES = sorted(PACKAGE.rglob('*.py'))
+
+# A folder or module imports first-party code only from itself and from a lower level.
+LEVEL = {
+    'version': 0,
+    'ops': 0,
+    'functional': 1,
+    'layers': 2,
+    'models': 3,
+    'checkpoint': 3,
+    'deploy': 3,
+    'analysis': 3,
+    'engine': 4,
+    '__init__': 5,
+}
+# Knows nothing of the layers, and no part of them knows it.
+APART = {'demo_data'}
+TORCH_ALONE = {'ops', 'functional', 'layers'}
+HOST = {'mmengine', 'mmcv', 'mmdet', 'mmseg'}
+MAY_IMPORT_HOST = {'models', 'engine'}
+
+
+def part_of(path: Path) -> str:
+    """First folder, or module, below the package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+
+
+def imports_of(path: Path) -> list[str]:
+    """Dotted names of everything a file imports, at its top or inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{path}: relative import'
+            names += [f'{node.module}.{alias.name}' for alias in node.names]
+    return names
+
+
+def first_party(path: Path) -> set[str]:
+    names = (name.split('.') for name in imports_of(path))
+    return {name[1] for name in names if name[0] == 'ssn_plugin'}
+
+
+def third_party(path: Path) -> set[str]:
+    names = {name.split('.')[0] for name in imports_of(path)}
+    return names - {'ssn_plugin'} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports(path):
+    part = part_of(path)
+    assert part in LEVEL or part in APART, f'{part}: give it a place in LEVEL'
+    for other in first_party(path) - {part}:
+        if part in APART:
+            pytest.fail(f'{part} imports ssn_plugin.{other}')
+        assert other in LEVEL, f'{part} imports ssn_plugin.{other}'
+        assert LEVEL[other] < LEVEL[part], f'{part} imports ssn_plugin.{other}'
+    if part in TORCH_ALONE:
+        assert third_party(path) <= {'torch'}
+    if part not in MAY_IMPORT_HOST:
+        assert not third_party(path) & HOST
+
+
+def test_the_scan_sees_imports():
+    # Or the test above would pass on anything.
+    assert first_party(PACKAGE / 'layers' / 'ssn.py') == {'functional', 'layers'}
+    assert third_party(PACKAGE / 'layers' / 'ssn.py') == {'torch'}
+    assert 'mmengine' in third_party(PACKAGE / 'engine' / 'registration.py')
+    assert {part_of(path) for path in FILES} >= {'ops', 'functional', 'layers', 'models', 'engine'}
+
+
+def test_there_is_no_grab_bag():
+    assert not [
+        path for path in FILES if path.stem in ('utils', 'util', 'helpers', 'common', 'misc')
+    ]
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    # A fresh interpreter: in this one everything may be imported already.
+    return subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+        check=False,
+    )
+
+
+# Makes every import of the named packages fail, as if they were not installed.
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {names!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Missing())
+"""
+
+
+@pytest.mark.parametrize(
+    'missing', [('mmdet',), ('mmseg',), ('mmdet', 'mmseg', 'triton', 'skimage', 'matplotlib')]
+)
+def test_package_imports_and_registers_without(missing):
+    code = WITHOUT.format(names=missing) + (
+        'import torch, ssn_plugin\n'
+        'from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS\n'
+        'layer = MODELS.build(dict(type="SSN", num_features=4))\n'
+        'layer(torch.randn(2, 4, 3, 3)).mean().backward()\n'
+        'ssn_plugin.set_radius(layer, 1.0)\n'
+        'assert HOOKS.get("SSNRadiusHook") and HOOKS.get("SSNRatioHook")\n'
+        'assert OPTIM_WRAPPER_CONSTRUCTORS.get("SSNOptimWrapperConstructor")\n'
+        'assert MODELS.get("SSNResNet")\n'
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_is_lean():
+    result = run(
+        'import sys, torch, ssn_plugin\n'
+        'loaded = {name.split(".")[0] for name in sys.modules}\n'
+        'heavy = {"mmdet", "mmseg", "triton", "skimage", "matplotlib", "torchvision"}\n'
+        'print(sorted(loaded & heavy), torch.cuda.is_initialized())\n'
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == '[] False'

@@ -1,0 +1,221 @@
+"""set_radius: what it sets, what it freezes, what it leaves alone and what it costs."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ssn_plugin import SN, SSN, set_radius, undecided_layers
+from ssn_plugin.ops.sparsestmax import circumradius
+
+CANDIDATES = ('IN', 'LN', 'BN', 'GN')
+
+
+def ssn(size: int = 3, channels: int = 4) -> SSN:
+    """A layer of that many candidates, leaning to the first one."""
+    layer = SSN(channels, normalizers=CANDIDATES[:size], num_groups=2)
+    with torch.no_grad():
+        for parameter in (layer.mean_weight, layer.var_weight):
+            parameter.copy_(torch.arange(size, 0, -1) * 1e-3)
+    return layer
+
+
+class Nested(nn.Module):
+    """Layers at several depths, one of them used twice, beside other norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.sn1 = ssn()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ModuleDict({'norm': ssn()}))
+        self.again = self.sn1
+        self.others = nn.ModuleList([nn.BatchNorm2d(4), SN(4)])
+
+
+def test_every_layer_of_the_model_is_reached_and_nothing_else():
+    model = Nested()
+    before = copy.deepcopy(model.others.state_dict())
+    for radius in (0.0, 0.25, 0.5):
+        set_radius(model, radius)
+        for layer in (model.sn1, model.block[1]['norm']):
+            assert layer.radius.item() == radius
+            assert (layer.mean_ratios - 1 / 3).norm().item() == pytest.approx(
+                max(radius, 2**0.5 * 1e-3), rel=1e-4
+            )
+    torch.testing.assert_close(dict(model.others.state_dict()), dict(before))
+    set_radius(model.sn1, 0.3)  # a layer is a model too
+    assert model.block[1]['norm'].radius == 0.5
+
+
+def test_model_without_layers():
+    assert set_radius(nn.Linear(2, 2), 0.5) is None
+    assert undecided_layers(nn.Linear(2, 2)) == []
+
+
+@pytest.mark.parametrize('radius', [-0.1, -math.inf, math.nan, 'large', None, True, [0.5]])
+def test_bad_radius_changes_nothing(radius):
+    layer = ssn()
+    with pytest.raises(
+        ValueError, match=r'radius: got .*, expected a number of at least 0'
+    ) as caught:
+        set_radius(layer, radius)
+    assert repr(radius) in str(caught.value)
+    assert layer.radius == 0
+
+
+# Freezing
+
+
+@pytest.mark.parametrize('radius', [0.7, 0.72, 0.82, 0.87, 1.0, math.inf])
+def test_models_of_several_candidate_counts_and_precisions(radius):
+    # On one device, so projected together: counts apart, precisions joined.
+    model = nn.ModuleList(
+        ssn(size).to(dtype)
+        for size in (2, 3, 4)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    )
+    set_radius(model, radius)
+    for layer in model:
+        size = len(layer.normalizers)
+        frozen = radius >= circumradius(size)
+        assert layer.mean_fixed == layer.var_fixed == frozen
+        expected = ['IN'] * 2 if frozen else [None] * 2
+        assert list(layer.selected) == expected
+        if frozen:
+            one_hot = [1.0] + [0.0] * (size - 1)
+            assert layer.mean_weight.tolist() == layer.var_weight.tolist() == one_hot
+    assert undecided_layers(model) == [
+        str(index)
+        for index, layer in enumerate(model)
+        if radius < circumradius(len(layer.normalizers))
+    ]
+
+
+def test_exactly_at_the_circumradius():
+    for size in (2, 3, 4):
+        layer = ssn(size)
+        set_radius(layer, circumradius(size) - 1e-4)
+        assert layer.mean_fixed == 0
+        set_radius(layer, circumradius(size))
+        assert layer.selected == ('IN', 'IN')
+        assert layer.mean_fixed == layer.var_fixed == 1
+
+
+def test_initial_layer_selects_bn():
+    layer = SSN(4)
+    set_radius(layer, 0.5)
+    assert layer.mean_ratios.argmax() == 2
+    set_radius(layer, 1.0)
+    assert layer.selected == ('BN', 'BN')
+    assert layer.mean_weight.tolist() == [0, 0, 1]
+
+
+def test_mean_and_variance_freeze_independently():
+    # A gap above one is one-hot by sparsemax, at radius zero.
+    for first, second in (('mean', 'var'), ('var', 'mean')):
+        layer = ssn()
+        with torch.no_grad():
+            getattr(layer, f'{first}_weight')[1] = 2
+        set_radius(layer, 0.0)
+        assert getattr(layer, f'{first}_fixed') == 1
+        assert getattr(layer, f'{first}_weight').tolist() == [0, 1, 0]
+        assert getattr(layer, f'{second}_fixed') == 0
+        torch.testing.assert_close(
+            getattr(layer, f'{second}_weight'), torch.tensor([3e-3, 2e-3, 1e-3])
+        )
+        assert undecided_layers(layer) == ['']
+        set_radius(layer, 1.0)
+        assert dict(zip(('mean', 'var'), layer.selected, strict=True)) == {
+            first: 'LN',
+            second: 'IN',
+        }
+
+
+def test_flags_are_as_in_the_released_files():
+    layer = ssn()
+    assert layer.mean_fixed.dtype == layer.var_fixed.dtype == torch.int64
+    assert layer.radius.dtype == torch.float32
+    assert layer.mean_fixed == layer.var_fixed == 0
+
+
+@pytest.mark.parametrize('gap', [1, 1 - 2**-24, 1 - 2**-23, 1 - 1e-6])
+def test_frozen_vector_is_exactly_one_hot(gap):
+    # Ratios such as (1, 6e-8, 0) have a maximum of one without being one-hot.
+    for radius in (0.0, 0.5, 0.8164):
+        layer = ssn()
+        with torch.no_grad():
+            layer.mean_weight.copy_(torch.tensor([0.0, -gap, -5.0], dtype=torch.float64))
+        set_radius(layer, radius)
+        if layer.mean_fixed:
+            assert layer.mean_weight.tolist() == layer.mean_ratios.tolist() == [1, 0, 0]
+        else:
+            assert layer.selected[0] is None
+
+
+def test_no_later_radius_and_no_later_parameter_changes_a_frozen_choice():
+    layer = ssn()
+    set_radius(layer, 1.0)
+    for radius in (0.0, 0.5, 1.0):
+        set_radius(layer, radius)
+        assert layer.radius == radius
+        assert layer.selected == ('IN', 'IN')
+        assert layer.mean_ratios.tolist() == [1, 0, 0]
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([0.0, 5.0, 0.0]))
+    set_radius(layer, 1.0)
+    assert layer.selected == ('IN', 'IN')
+    assert layer.state_dict()['mean_weight'].tolist() == [1, 0, 0]
+
+
+def test_layers_without_gradient_keep_radius_and_ratios():
+    # A frozen stage of a backbone, decided or not.
+    model = nn.ModuleList([ssn(), ssn(), ssn()])
+    set_radius(model[1], 1.0)
+    for layer in model[:2]:
+        layer.requires_grad_(False)
+    set_radius(model[0].requires_grad_(True), 0.3)
+    model[0].requires_grad_(False)
+    before = [copy.deepcopy(layer.state_dict()) for layer in model[:2]]
+    ratios = [layer.mean_ratios for layer in model[:2]]
+    for radius in (0.0, 0.6, 1.0):
+        set_radius(model, radius)
+        for layer, state, old in zip(model[:2], before, ratios, strict=True):
+            torch.testing.assert_close(dict(layer.state_dict()), dict(state), rtol=0, atol=0)
+            assert torch.equal(layer.mean_ratios, old)
+    assert model[2].mean_fixed == 1
+    assert undecided_layers(model) == ['0']
+
+
+def test_gradient_of_frozen_control_parameters_is_zero_rather_than_none():
+    layer = ssn()
+    with torch.no_grad():
+        layer.mean_weight[0] = 2
+    set_radius(layer, 0.3)  # the mean is frozen, the variance is not
+    layer(torch.randn(3, 4, 5, 5)).backward(torch.randn(3, 4, 5, 5))
+    assert layer.mean_weight.grad.tolist() == [0, 0, 0]
+    assert layer.var_weight.grad.abs().max() > 0
+
+
+def test_undecided_layers_names_every_layer_that_is_not_one_hot():
+    model = Nested()
+    assert undecided_layers(model) == ['sn1', 'block.1.norm']
+    set_radius(model.sn1, 1.0)
+    assert undecided_layers(model) == ['block.1.norm']
+    set_radius(model, 1.0)
+    assert undecided_layers(model) == []
+
+
+@pytest.mark.parametrize('radius', [0.0, 0.4, 1.0])
+def test_whole_model_costs_one_synchronisation(monkeypatch, radius):
+    reads = []
+    for name in ('tolist', 'item', '__bool__', '__float__', '__int__', 'cpu', 'numpy'):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _name=name, _original=original):
+            reads.append(_name)
+            return _original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    set_radius(nn.ModuleList(ssn() for _ in range(5)), radius)
+    assert len(reads) == 1

@@ -1,0 +1,536 @@
+"""SSN: equal to the normalizer it selects, to the paper's formulas, and strict about its input."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssn_plugin import SN, SSN, SSN1d, SSN2d, SSN3d, set_radius
+from ssn_plugin.ops import reference
+
+NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
+CHANNELS, GROUPS = 6, 3
+SHAPE = (4, CHANNELS, 5, 7)
+LAYERS = (SSN, SSN1d, SSN2d, SSN3d, SN)
+
+
+def torch_layer(normalizer: str, momentum: float | None = 0.1, dims: int = 4) -> nn.Module:
+    """torch's own layer of that name."""
+    instance = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+    batch = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    return {
+        'IN': lambda: instance[dims](CHANNELS, affine=True),
+        'LN': lambda: nn.GroupNorm(1, CHANNELS),
+        'BN': lambda: batch[dims](CHANNELS, momentum=momentum),
+        'GN': lambda: nn.GroupNorm(GROUPS, CHANNELS),
+    }[normalizer]()
+
+
+def one_hot_layer(normalizer: str, momentum: float | None = 0.1, **settings) -> SSN:
+    """An SSN that ``set_radius`` made one-hot on a normalizer."""
+    layer = SSN(CHANNELS, momentum=momentum, normalizers=NORMALIZERS, num_groups=GROUPS, **settings)
+    with torch.no_grad():
+        for parameter in (layer.mean_weight, layer.var_weight):
+            parameter[NORMALIZERS.index(normalizer)] = 0.1
+    set_radius(layer, 1.0)
+    assert layer.selected == (normalizer, normalizer)
+    return layer
+
+
+def share_affine(layer: nn.Module, other: nn.Module) -> None:
+    with torch.no_grad():
+        for name in ('weight', 'bias'):
+            getattr(layer, name).normal_()
+            getattr(other, name).copy_(getattr(layer, name))
+
+
+def outputs(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(upstream)
+    return dict(y=y.detach(), dx=x.grad, dweight=layer.weight.grad, dbias=layer.bias.grad)
+
+
+# One-hot is the normalizer
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('normalizer', NORMALIZERS)
+def test_one_hot_is_that_normalizer_in_training_and_evaluation(normalizer, dtype, memory_format):
+    layer, expected = one_hot_layer(normalizer).to(dtype), torch_layer(normalizer).to(dtype)
+    share_affine(layer, expected)
+    for step in range(4):
+        x = (torch.randn(SHAPE, dtype=dtype) * 2 + step).contiguous(memory_format=memory_format)
+        upstream = torch.randn_like(x)
+        for training in (True, False):
+            found = outputs(layer.train(training), x, upstream)
+            theirs = outputs(expected.train(training), x, upstream)
+            torch.testing.assert_close(found, theirs, rtol=1e-4, atol=2e-5)
+            assert found['y'].is_contiguous(memory_format=memory_format)
+            if normalizer == 'BN':
+                assert found['y'].stride() == theirs['y'].stride()
+        # Their gradient is zero rather than None, or DistributedDataParallel would wait for it.
+        assert layer.mean_weight.grad.tolist() == layer.var_weight.grad.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize('shape', [(4, CHANNELS), (4, CHANNELS, 9), (2, CHANNELS, 3, 4, 5)])
+@pytest.mark.parametrize('normalizer', NORMALIZERS)
+def test_one_hot_is_that_normalizer_in_other_dimensions(normalizer, shape):
+    if normalizer == 'IN' and len(shape) == 2:
+        x = torch.randn(shape)
+        assert torch.equal(one_hot_layer('IN')(x), torch.zeros(shape))  # nn has no such layer
+        return
+    layer, expected = one_hot_layer(normalizer), torch_layer(normalizer, dims=len(shape))
+    share_affine(layer, expected)
+    x, upstream = torch.randn(2, *shape)
+    for training in (True, False):
+        torch.testing.assert_close(
+            outputs(layer.train(training), x, upstream),
+            outputs(expected.train(training), x, upstream),
+            rtol=1e-4,
+            atol=2e-5,
+        )
+
+
+def test_one_hot_by_radius_alone_is_the_normalizer_too():
+    layer, expected = SSN(CHANNELS, radius=1.0), nn.BatchNorm2d(CHANNELS)  # a tie: the last, BN
+    x, upstream = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(
+        outputs(layer, x, upstream), outputs(expected, x, upstream), rtol=1e-4, atol=2e-5
+    )
+    assert layer.mean_fixed == 0
+
+
+@pytest.mark.parametrize('track_running_stats', [True, False])
+@pytest.mark.parametrize('affine', [True, False])
+def test_variants_of_batch_norm(affine, track_running_stats):
+    settings = dict(affine=affine, track_running_stats=track_running_stats, eps=1e-3)
+    layer, expected = SSN(CHANNELS, **settings), nn.BatchNorm2d(CHANNELS, **settings)
+    set_radius(layer, 1.0)
+    own = set(layer.state_dict()) - {'radius'}
+    assert {n for n in own if not n.startswith(('mean_', 'var_'))} == set(expected.state_dict())
+    for _ in range(2):
+        x = torch.randn(SHAPE) + 1
+        for training in (True, False):
+            torch.testing.assert_close(
+                layer.train(training)(x), expected.train(training)(x), rtol=1e-4, atol=2e-5
+            )
+
+
+# Running statistics
+
+
+@pytest.mark.parametrize('radius', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('momentum', [0.1, 0.003, 1.0, None])
+def test_running_statistics_are_those_of_batch_norm(momentum, radius):
+    layer, expected = SSN(CHANNELS, momentum=momentum), nn.BatchNorm2d(CHANNELS, momentum=momentum)
+    set_radius(layer, radius)
+    for name, value in expected.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), value)  # the initial ones
+    for step in range(5):
+        x = torch.randn(SHAPE) * (step + 1) + step
+        layer(x), expected(x)
+        layer.eval()(x), layer.train()  # evaluation leaves them alone
+        for name, value in expected.named_buffers():
+            torch.testing.assert_close(
+                layer.get_buffer(name), value, msg=lambda m, n=name: f'{n} {m}'
+            )
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_correction_reproduces_the_variances_of_the_release(momentum):
+    layer = SSN(CHANNELS, momentum=momentum, correction=1).double()
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([0.3, 0.2, -0.1]))
+        layer.var_weight.copy_(torch.tensor([0.1, -0.2, 0.2]))
+    p, q = layer.mean_ratios, layer.var_ratios
+    assert (p > 0).all()
+    assert (q > 0).all()
+    running_mean, running_var = torch.zeros(6).double(), torch.ones(6).double()
+    for step in range(1, 4):
+        x = torch.randn(SHAPE, dtype=torch.float64) * 2 + 1
+        # The formulas of the release, with its E[x^2] - E[x]^2.
+        mean_in, var_in = x.mean((2, 3)), x.var((2, 3))
+        square = var_in + mean_in**2
+        mean_ln, mean_bn = mean_in.mean(1, keepdim=True), mean_in.mean(0)
+        var_ln = square.mean(1, keepdim=True) - mean_ln**2
+        var_bn = square.mean(0) - mean_bn**2
+        mean = p[0] * mean_in + p[1] * mean_ln + p[2] * mean_bn
+        var = q[0] * var_in + q[1] * var_ln + q[2] * var_bn
+        expected = (x - mean[..., None, None]) / (var[..., None, None] + 1e-5).sqrt()
+        torch.testing.assert_close(layer(x), expected)
+        weight = 1 / step if momentum is None else momentum
+        running_mean = (1 - weight) * running_mean + weight * mean_bn
+        running_var = (1 - weight) * running_var + weight * var_bn
+        torch.testing.assert_close(layer.running_mean, running_mean)
+        torch.testing.assert_close(layer.running_var, running_var)
+
+
+def test_correction_matters():
+    x = torch.randn(2, CHANNELS, 2, 2)
+    layers = [SSN(CHANNELS, correction=correction) for correction in (0, 1)]
+    assert (layers[0](x) - layers[1](x)).abs().max() > 0.01
+    assert (layers[0].running_var - layers[1].running_var).abs().max() > 1e-4
+
+
+# Against the formulas, control parameters included
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize('radius', [0.0, 0.3, 0.6])
+def test_layer_equals_the_formulas(radius, correction, training):
+    layer = SSN(
+        CHANNELS,
+        normalizers=NORMALIZERS,
+        num_groups=GROUPS,
+        correction=correction,
+        radius=radius,
+        eps=1e-3,
+    ).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+        # On the largest of these circles three ratios remain, which can still move.
+        layer.mean_weight.copy_(torch.tensor([0.05, 0.012, -0.2, 0.01]))
+        layer.var_weight.copy_(torch.tensor([0.012, 0.01, 0.05, -0.2]))
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    layer.train(training)
+    running = (None, None)
+    if not training:
+        running = (layer.running_mean, layer.running_var)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(x)
+    inputs = (x, layer.mean_weight, layer.var_weight, layer.weight, layer.bias)
+    y = reference.switchable_norm(
+        x,
+        reference.sparsestmax(layer.mean_weight, radius),
+        reference.sparsestmax(layer.var_weight, radius),
+        layer.weight,
+        layer.bias,
+        NORMALIZERS,
+        GROUPS,
+        correction,
+        layer.eps,
+        *running,
+    )
+    expected = torch.autograd.grad(y, inputs, upstream)
+    found_y = layer(x)
+    torch.testing.assert_close(found_y, y, rtol=1e-6, atol=1e-6)  # the radius is a float32 buffer
+    found = torch.autograd.grad(found_y, inputs, upstream)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert expected[1].abs().max() > 1e-3  # the control parameters do something
+
+
+def test_mean_and_variance_have_ratios_of_their_own():
+    layer = SSN(CHANNELS)
+    with torch.no_grad():
+        layer.mean_weight[0] = layer.var_weight[1] = 0.1
+    set_radius(layer, 1.0)
+    assert layer.selected == ('IN', 'LN')
+    x = torch.randn(SHAPE)
+    mean = x.mean((2, 3), keepdim=True)
+    std = (x.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(layer(x), (x - mean) / std, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'shape', [(3, CHANNELS, 1, 1), (1, CHANNELS, 1, 1), (1, CHANNELS), (1, 6, 1)]
+)
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize('radius', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize('preferred', range(4))
+def test_spatial_size_of_one_is_never_nan(shape, correction, radius, preferred):
+    layer = SSN(CHANNELS, normalizers=NORMALIZERS, num_groups=GROUPS, correction=correction)
+    with torch.no_grad():
+        layer.mean_weight[preferred] = layer.var_weight[preferred] = 0.1
+    set_radius(layer, radius)
+    x = torch.randn(shape, requires_grad=True)
+    for _ in range(2):
+        y = layer(x)
+        y.backward(torch.randn(shape))
+        assert y.isfinite().all()
+        assert x.grad.isfinite().all()
+        assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+        assert all(buffer.isfinite().all() for buffer in layer.buffers())
+    assert layer.eval()(x).isfinite().all()
+
+
+# Empty batches
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('shape', [(0, CHANNELS, 7, 7), (0, CHANNELS), (0, CHANNELS, 5)])
+def test_empty_batch_is_treated_as_batch_norm_treats_it(shape, training, frozen):
+    layer = SSN(CHANNELS)
+    expected = torch_layer('BN', dims=len(shape))
+    set_radius(layer, 1.0 if frozen else 0.4)
+    for module in (layer, expected):
+        module.train(training)
+    x, other = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    y, theirs = layer(x), expected(other)
+    assert y.shape == theirs.shape
+    assert y.dtype == theirs.dtype
+    assert y.requires_grad == theirs.requires_grad
+    y.sum().backward()
+    theirs.sum().backward()
+    assert x.grad.shape == other.grad.shape
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad == 0).all(), name
+        assert parameter.grad.shape == parameter.shape
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(layer.get_buffer(name), buffer), name
+
+
+# What is said of wrong input
+
+
+@pytest.mark.parametrize(
+    ('layer', 'accepted'),
+    list(zip(LAYERS, [(2, 3, 4, 5), (2, 3), (4,), (5,), (2, 3, 4, 5)], strict=True)),
+    ids=lambda value: getattr(value, '__name__', ''),
+)
+def test_dimensions(layer, accepted):
+    shape = (3, 4, 5, 2, 2, 2)
+    for dims in range(1, 7):
+        x = torch.randn(shape[:dims])
+        if dims in accepted:
+            assert layer(4)(x).shape == x.shape
+            continue
+        with pytest.raises(ValueError, match=r'x: got shape .*, expected .*-D') as caught:
+            layer(4)(x)
+        assert str(tuple(x.shape)) in str(caught.value)
+        assert all(f'{number}-D' in str(caught.value) for number in accepted)
+
+
+@pytest.mark.parametrize('layer', [SSN, SN])
+@pytest.mark.parametrize('shape', [(2, 5, 4, 4), (0, 5, 4, 4), (2, 1)])
+def test_wrong_number_of_channels(layer, shape):
+    with pytest.raises(ValueError, match=rf'x: got {shape[1]} channels.*expected num_features=4'):
+        layer(4)(torch.randn(shape))
+
+
+BAD_ARGUMENTS = {
+    'no channel': (dict(num_features=0), ('num_features:', '0', 'positive')),
+    'half a channel': (dict(num_features=8.5), ('num_features:', '8.5', 'positive integer')),
+    'negative eps': (dict(eps=-1e-5), ('eps:', '-1e-05', 'at least 0')),
+    'eps of NaN': (dict(eps=math.nan), ('eps:', 'nan', 'at least 0')),
+    'momentum above one': (dict(momentum=1.5), ('momentum:', '1.5', '[0, 1]')),
+    'negative momentum': (dict(momentum=-0.1), ('momentum:', '-0.1', '[0, 1]')),
+    'momentum of NaN': (dict(momentum=math.nan), ('momentum:', 'nan', '[0, 1]')),
+    'unknown name': (dict(normalizers=('IN', 'bn')), ('normalizers:', "'bn'", 'IN, LN, BN, GN')),
+    'one name': (dict(normalizers=('BN',)), ('normalizers:', "('BN',)", 'at least 2')),
+    'no name': (dict(normalizers=()), ('normalizers:', '()', 'at least 2')),
+    'a name twice': (dict(normalizers=('BN', 'BN')), ('normalizers:', "('BN', 'BN')", 'different')),
+    'a string': (dict(normalizers='BN'), ('normalizers:', "'BN'", 'names')),
+    'groups that do not divide': (
+        dict(normalizers=('BN', 'GN'), num_groups=3),
+        ('num_groups:', '3', 'divisor of num_features=8'),
+    ),
+    'default groups that do not divide': (
+        dict(normalizers=('BN', 'GN')),
+        ('num_groups:', '32', 'divisor of num_features=8'),
+    ),
+    'correction': (dict(correction=2), ('correction:', '2', '0 or 1')),
+    'correction between': (dict(correction=0.5), ('correction:', '0.5', '0 or 1')),
+}
+BAD_RADIUS = {
+    'negative radius': (dict(radius=-0.1), ('radius:', '-0.1', 'at least 0')),
+    'radius of NaN': (dict(radius=math.nan), ('radius:', 'nan', 'at least 0')),
+    'radius in words': (dict(radius='large'), ('radius:', "'large'", 'at least 0')),
+}
+BAD = [(SSN, *case) for case in (BAD_ARGUMENTS | BAD_RADIUS).items()]
+BAD += [(SN, *case) for case in BAD_ARGUMENTS.items()]
+
+
+@pytest.mark.parametrize(
+    ('layer', 'given', 'said'),
+    [pytest.param(layer, *case, id=f'{layer.__name__} {name}') for layer, name, case in BAD],
+)
+def test_bad_argument_is_named_with_its_value_and_what_was_expected(layer, given, said):
+    with pytest.raises(ValueError, match=r'got .*, expected') as caught:
+        layer(**(dict(num_features=8) | given))
+    assert all(part in str(caught.value) for part in said)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('layer', LAYERS)
+def test_misspelt_keyword_is_an_error(layer):
+    with pytest.raises(TypeError, match='moment'):
+        layer(8, moment=0.1)
+
+
+def test_sn_has_no_radius():
+    with pytest.raises(TypeError, match='radius'):
+        SN(8, radius=0.1)
+
+
+# What can be read
+
+
+def test_ratios_and_selection_are_readable_at_any_time():
+    layer = SSN(CHANNELS)
+    assert layer.mean_ratios.tolist() == pytest.approx([1 / 3] * 3)
+    assert layer.selected == (None, None)
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([0.1, 0.0, -0.1]))
+    set_radius(layer, 0.3)
+    expected = [1 / 3 + 0.3 / math.sqrt(2), 1 / 3, 1 / 3 - 0.3 / math.sqrt(2)]
+    assert layer.mean_ratios.tolist() == pytest.approx(expected)
+    for ratios in (layer.mean_ratios, layer.var_ratios):
+        assert ratios.shape == (3,)
+        assert not ratios.requires_grad
+    with torch.no_grad():
+        layer.mean_weight[1] = 2
+    assert layer.selected == ('LN', None)  # by its control parameters, not frozen yet
+    assert layer.mean_fixed == 0
+    set_radius(layer, 1.0)
+    assert layer.selected == ('LN', 'BN')
+
+
+def test_ratios_handed_out_are_not_the_state():
+    layer = SSN(CHANNELS)
+    set_radius(layer, 1.0)
+    layer.mean_ratios.fill_(0.5)
+    layer.var_ratios.zero_()
+    assert layer.selected == ('BN', 'BN')
+    assert layer.mean_ratios.tolist() == layer.var_ratios.tolist() == [0, 0, 1]
+
+
+def test_print_shows_settings_ratios_and_selection():
+    layer = SSN(8, momentum=None, normalizers=('IN', 'BN', 'GN'), num_groups=4, correction=1)
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([0.6, 0.4, -0.3]))
+    set_radius(layer, 0.5)
+    text = repr(layer)
+    for part in (
+        'SSN(8, ',
+        'eps=1e-05',
+        'momentum=None',
+        'affine=True',
+        'track_running_stats=True',
+        "normalizers=('IN', 'BN', 'GN')",
+        'num_groups=4',
+        'correction=1',
+        'mean_ratios=(IN 0.704 BN 0.296 GN 0.000)',
+        'radius=0.5000',
+        'selected=(None, None)',
+    ):
+        assert part in text
+    set_radius(layer, 1.0)
+    assert "selected=('IN', 'GN')" in str(nn.Sequential(layer))
+    assert 'num_groups' not in repr(SSN(8))
+    assert 'SN(8, eps=1e-05, momentum=0.1' in repr(SN(8))
+
+
+def test_reset_parameters_unfreezes_and_starts_anew():
+    layer = SSN(CHANNELS)
+    with torch.no_grad():
+        layer.mean_weight[0] = 1
+        layer.weight.normal_()
+    layer(torch.randn(SHAPE))
+    set_radius(layer, 1.0)
+    layer.reset_parameters()
+    fresh = SSN(CHANNELS, radius=1.0).state_dict()
+    torch.testing.assert_close(dict(layer.state_dict()), dict(fresh))
+    set_radius(layer, 0.2)
+    assert layer.selected == (None, None)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(SHAPE)).square().mul(torch.randn(SHAPE)).sum().backward()
+    optimizer.step()
+    assert layer.mean_weight.abs().max() > 0
+    assert layer.var_weight.abs().max() > 0
+
+
+# Precision
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('radius', [0.0, 0.4, 1.0])
+def test_layer_in_half_precision(dtype, radius):
+    layer = SSN(CHANNELS)
+    set_radius(layer, radius)
+    x = torch.randn(SHAPE)
+    expected = layer(x)
+    half = SSN(CHANNELS).to(dtype)
+    set_radius(half, radius)
+    y = half(x.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected, rtol=3e-2, atol=3e-2)
+    y.backward(torch.randn_like(y))
+    assert all(parameter.grad.dtype == dtype for parameter in half.parameters())
+    assert half.eval()(x.to(dtype)).isfinite().all()
+    assert half.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_autocast_gives_the_dtypes_of_batch_norm(dtype):
+    layer, norm = (nn.Sequential(nn.Conv2d(3, CHANNELS, 3), n) for n in (SSN(6), nn.BatchNorm2d(6)))
+    x = torch.randn(2, 3, 6, 6)
+    with torch.autocast('cpu', dtype=dtype):
+        y, expected = layer(x), norm(x)
+        assert layer[1](x.new_ones(2, CHANNELS, 3, 3)).dtype == torch.float32
+    assert y.dtype == expected.dtype == dtype
+    y.float().square().mul(torch.randn(y.shape)).sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+    assert layer[1].running_var.dtype == torch.float32
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+@pytest.mark.parametrize('radius', [0.0, 0.5, 1.0])
+def test_nan_control_parameters_raise_nothing_and_select_nothing(radius, bad):
+    layer = SSN(CHANNELS)
+    with torch.no_grad():
+        layer.mean_weight[1] = bad
+    set_radius(layer, radius)
+    assert layer(torch.randn(SHAPE)).isnan().all()
+    assert layer.mean_ratios.isnan().all()
+    assert layer.selected[0] is None
+    assert layer.mean_fixed == 0
+    assert 'selected=(None' in repr(layer)
+
+
+# What the host framework must not do to it
+
+
+def test_is_no_batch_norm():
+    # convert_sync_batchnorm and the fusion with convolutions would turn it into something else.
+    model = nn.Sequential(SSN(4), SN(4))
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert [type(m) for m in converted] == [SSN, SN]
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('layer', [SSN, SN])
+def test_forward_reads_no_value_on_the_host(layer, momentum, training):
+    with FakeTensorMode():
+        module = layer(CHANNELS, momentum=momentum).train(training)
+        x = torch.randn(SHAPE, requires_grad=True)
+        y = module(x)
+        y.backward(torch.randn_like(y))
+        assert all(p.grad.shape == p.shape for p in (x, *module.parameters()))
+
+
+def test_compiles_to_one_graph():
+    layer = SSN(CHANNELS, radius=0.4)
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    x, upstream = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(outputs(compiled, x, upstream), outputs(layer, x, upstream))
+
+
+def test_layer_made_on_the_meta_device():
+    with torch.device('meta'):
+        layer = SSN(CHANNELS)
+    assert layer(torch.empty(SHAPE, device='meta')).shape == SHAPE
+    layer.to_empty(device='cpu').load_state_dict(SSN(CHANNELS).state_dict())
+    assert layer(torch.randn(SHAPE)).isfinite().all()
