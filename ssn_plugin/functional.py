@@ -11,10 +11,11 @@ from ssn_plugin.ops.statistics import NORMALIZERS
 from ssn_plugin.ops.switchable_norm import SwitchableNormFunction
 
 
-def check_radius(radius: float) -> float:
+def check_radius(radius: float, name: str = 'radius') -> float:
     """Return ``radius`` as a float, or raise ValueError if it is negative or NaN."""
-    if isinstance(radius, bool) or not isinstance(radius, int | float) or not radius >= 0:
-        raise ValueError(f'radius: got {radius!r}, expected a number of at least 0')
+    number = isinstance(radius, int | float) and not isinstance(radius, bool)
+    if not number or not radius >= 0:
+        raise ValueError(f'{name}: got {radius!r}, expected a number of at least 0')
     return float(radius)
 
 
@@ -148,8 +149,9 @@ def switchable_norm(
         The shape and dtype of ``x``.
 
     Raises:
-        ValueError: If ``x`` has less than 2 dimensions, ratios are not (K,), C is not divisible by
-            ``num_groups``, a name is unknown, or ``correction`` is not 0 or 1.
+        ValueError: If ``x`` has less than 2 dimensions or is not floating-point, ratios are not
+            (K,), C is not divisible by ``num_groups``, a name is unknown, only one of the running
+            statistics is given, or ``correction`` is not 0 or 1.
 
     Example:
         >>> import torch
@@ -166,6 +168,11 @@ def switchable_norm(
     """
     if x.dim() < 2:
         raise ValueError(f'x: got shape {tuple(x.shape)}, expected (N, C, ...)')
+    if not x.is_floating_point():
+        raise ValueError(f'x: got {x.dtype}, expected a floating-point tensor')
+    if (running_mean is None) != (running_var is None):
+        name = 'running_mean' if running_mean is None else 'running_var'
+        raise ValueError(f'{name}: got None, expected both running statistics or neither')
     normalizers = check_normalizers(normalizers, x.shape[1], num_groups)
     for name, ratios in (('mean_ratios', mean_ratios), ('var_ratios', var_ratios)):
         if ratios.shape != (len(normalizers),):

@@ -1,4 +1,4 @@
-"""Every public object has a docstring, and the examples in docstrings run and print what they say."""
+"""Every public object has a docstring, and what the examples in docstrings print is true."""
 
 import doctest
 import importlib

@@ -68,6 +68,9 @@ BAD_NORM = {
         dict(running_mean=torch.ones(6), running_var=torch.ones(5)),
         ('running_var:', '(5,)', 'expected (6,)'),
     ),
+    'running_mean alone': (dict(running_mean=torch.ones(6)), ('running_var:', 'None')),
+    'running_var alone': (dict(running_var=torch.ones(6)), ('running_mean:', 'None')),
+    'integers': (dict(x=torch.ones(2, 6, 4, 4).long()), ('x:', 'torch.int64', 'floating-point')),
     'unknown name': (
         dict(normalizers=('IN', 'XN', 'BN')),
         ('normalizers:', 'XN', 'IN, LN, BN, GN'),

@@ -10,6 +10,7 @@ _base_ = [
 norm_cfg = dict(type='SSN')
 num_classes = 5
 model = dict(
+    data_preprocessor=dict(size_divisor=32),
     backbone=dict(
         type='SSNResNet',
         depth=18,

@@ -71,19 +71,10 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         # The base class recognises norm layers by a fixed list of types. A stand-in of such a type
         # that holds the same parameters gets them exactly its treatment, custom_keys included.
-        if module.affine:
-            norm = nn.GroupNorm(1, 1)
-            norm.weight, norm.bias = module.weight, module.bias
-            super().add_params(params, norm, prefix, is_dcn_module)
-        control = nn.Module()
-        control.mean_weight, control.var_weight = module.mean_weight, module.var_weight
-        known = len(params)
-        super().add_params(params, control, prefix, is_dcn_module)
-        for group in params[known:]:
-            if self.base_lr is not None:
-                group['lr'] = group.get('lr', self.base_lr) * self.paramwise_cfg['ssn_lr_mult']
-            if self.base_wd is not None:
-                group['weight_decay'] = self.base_wd * self.paramwise_cfg['ssn_decay_mult']
+        stand_in = nn.GroupNorm(1, 1, affine=False)
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(stand_in, name, parameter)
+        super().add_params(params, stand_in, prefix, is_dcn_module)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer and its wrapper.
@@ -92,9 +83,18 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             model: The model, wrapped for distributed training or not.
         """
         wrapper = super().__call__(model)
+        optimizer = wrapper.optimizer
+        control = _trained_control_parameters(model)
+        # In the groups that were built, because these hold the optimizer's own defaults too.
+        for group in optimizer.param_groups:
+            if any(group['params'][0] is parameter for parameter in control):
+                group['lr'] *= self.paramwise_cfg['ssn_lr_mult']
+                if 'weight_decay' in group:
+                    decay = optimizer.defaults['weight_decay']
+                    group['weight_decay'] = decay * self.paramwise_cfg['ssn_decay_mult']
         max_norm = self.paramwise_cfg['ssn_clip_norm']
-        if max_norm is not None:
-            _clip_before_step(wrapper.optimizer, _trained_control_parameters(model), max_norm)
+        if max_norm is not None and control:
+            _clip_before_step(optimizer, control, max_norm)
         return wrapper
 
 
@@ -115,5 +115,4 @@ def _clip_before_step(optimizer, parameters: list[nn.Parameter], max_norm: float
         bound = max_norm if scale is None else max_norm * float(scale)
         clip_grad_norm_(parameters, bound)
 
-    if parameters:
-        optimizer.register_step_pre_hook(clip)
+    optimizer.register_step_pre_hook(clip)

@@ -1,10 +1,13 @@
 """SSNRadiusHook: the radius schedule of a run."""
 
+import math
+
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from torch import nn
 
 from ssn_plugin.functional import check_radius
-from ssn_plugin.layers.radius import set_radius, undecided_layers
+from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN
 
 
@@ -46,15 +49,21 @@ class SSNRadiusHook(Hook):
         start_radius: float = 0.0,
         end_radius: float = 1.0,
     ) -> None:
-        if not 0 <= begin < end <= 1:
+        numbers = all(isinstance(value, int | float) for value in (begin, end))
+        if not numbers or not 0 <= begin < end <= 1:
             raise ValueError(
                 f'begin, end: got {begin!r}, {end!r}, expected fractions of the run with '
                 '0 <= begin < end <= 1'
             )
         self.begin = begin
         self.end = end
-        self.start_radius = check_radius(start_radius)
-        self.end_radius = check_radius(end_radius)
+        self.start_radius = check_radius(start_radius, 'start_radius')
+        self.end_radius = check_radius(end_radius, 'end_radius')
+        if math.inf in (self.start_radius, self.end_radius):
+            raise ValueError(
+                f'start_radius, end_radius: got {start_radius!r}, {end_radius!r}, expected finite '
+                'numbers'
+            )
 
     def radius_at(self, iteration: int, max_iters: int) -> float:
         """Radius during an iteration.
@@ -80,7 +89,7 @@ class SSNRadiusHook(Hook):
             )
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Set the radius.
+        """Set the radius, in the averaged model of an EMAHook too.
 
         Args:
             runner: mmengine's Runner.
@@ -88,6 +97,12 @@ class SSNRadiusHook(Hook):
             data_batch: Unused.
         """
         set_radius(runner.model, self.radius_at(runner.iter, runner.max_iters))
+        for hook in runner.hooks:
+            averaged = getattr(hook, 'ema_model', None)
+            # With update_buffers, EMAHook averages the radius and never updates integer flags;
+            # without, it copies all buffers itself.
+            if averaged is not None and averaged.update_buffers:
+                copy_selection(_unwrapped(runner.model), averaged.module)
 
     def after_train(self, runner) -> None:
         """Warn about layers that did not become one-hot.
@@ -95,7 +110,7 @@ class SSNRadiusHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _unwrapped(runner.model)
         undecided = undecided_layers(model)
         if not undecided:
             return
@@ -111,3 +126,7 @@ class SSNRadiusHook(Hook):
                 f'SSNRadiusHook: {len(frozen)} SSN layers with frozen parameters keep ratios that '
                 f'are not one-hot: {", ".join(frozen)}'
             )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model

@@ -7,16 +7,24 @@ after every optimizer step of the process the frozen ones are written back.
 
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # Layer -> the statistics ('mean', 'var') whose control parameters are frozen.
-_frozen: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+_held: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 _hook_handles: list = []
 
 
-def hold(layer: nn.Module, statistics: tuple[str, ...]) -> None:
+def held(layer: nn.Module) -> frozenset[str]:
+    """The statistics of a layer whose control parameters are held.
+
+    Args:
+        layer: An SSN.
+    """
+    return _held.get(layer, frozenset())
+
+
+def hold(layer: nn.Module, statistics: frozenset[str]) -> None:
     """Hold the control parameters of these statistics from now on, and no others of the layer.
 
     Args:
@@ -24,20 +32,13 @@ def hold(layer: nn.Module, statistics: tuple[str, ...]) -> None:
         statistics: Out of 'mean', 'var'; empty lets go.
     """
     if not statistics:
-        _frozen.pop(layer, None)
+        _held.pop(layer, None)
         return
-    _frozen[layer] = statistics
+    _held[layer] = statistics
     if not _hook_handles:
         _hook_handles.append(register_optimizer_step_post_hook(_write_back))
 
 
-@torch.no_grad()
 def _write_back(*_) -> None:
-    pairs = [
-        (getattr(layer, f'{name}_weight'), getattr(layer, f'{name}_choice'))
-        for layer, statistics in _frozen.items()
-        for name in statistics
-    ]
-    if pairs:
-        parameters, choices = zip(*pairs, strict=True)
-        torch._foreach_copy_(list(parameters), list(choices))
+    for layer in _held:
+        layer.restore_fixed()

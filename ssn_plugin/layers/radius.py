@@ -55,6 +55,21 @@ def set_radius(model: nn.Module, radius: float) -> None:
                     module.freeze(name, vector)
 
 
+@torch.no_grad()
+def copy_selection(source: nn.Module, target: nn.Module) -> None:
+    """Copy radius and frozen selections to a model of the same structure, an average of it for one.
+
+    Args:
+        source: The trained model.
+        target: The model to follow it.
+    """
+    followers = dict(target.named_modules())
+    for name, layer in source.named_modules():
+        if isinstance(layer, SSN):
+            for buffer in ('radius', 'mean_fixed', 'var_fixed', 'mean_choice', 'var_choice'):
+                getattr(followers[name], buffer).copy_(getattr(layer, buffer))
+
+
 def undecided_layers(model: nn.Module) -> list[str]:
     """Names of the SSN layers whose mean or variance ratios are not one-hot.
 

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from ssn_plugin.functional import check_radius, sparsestmax
-from ssn_plugin.layers.frozen import hold
+from ssn_plugin.layers.frozen import held, hold
 from ssn_plugin.layers.switchable import SwitchableNorm
+
+# Choice of a layer that is not frozen; also of a frozen one whose flag was copied without it, in a
+# model that took over parameters and persistent buffers: there the largest control parameter tells.
+_UNKNOWN = -1
 
 
 class SSN(SwitchableNorm):
@@ -85,71 +89,86 @@ class SSN(SwitchableNorm):
             num_groups,
             correction,
         )
-        size = len(self.normalizers)
         self.register_buffer('radius', torch.tensor(check_radius(radius)))
         for name in ('mean', 'var'):
             self.register_buffer(f'{name}_fixed', torch.tensor(0))
-            # The frozen one-hot vector, kept apart from the parameter because an optimizer's
-            # momentum or an averaging of models can still move that. Saved as the parameter.
-            self.register_buffer(f'{name}_choice', torch.zeros(size), persistent=False)
+            # Index of the frozen candidate, apart from the control parameters: an optimizer's
+            # momentum or an averaging of models may move those. Not in the file, where the control
+            # parameters are that one-hot vector, as in the released files.
+            self.register_buffer(f'{name}_choice', torch.tensor(_UNKNOWN), persistent=False)
+
+    def _fixed_ratios(self) -> tuple[Tensor, Tensor]:
+        """Which of (mean, variance) are frozen, (2, 1), and the one-hot vectors, (2, K)."""
+        fixed = torch.stack((self.mean_fixed, self.var_fixed)).unsqueeze(-1) > 0
+        choice = torch.stack((self.mean_choice, self.var_choice)).unsqueeze(-1)
+        control = torch.stack((self.mean_weight, self.var_weight)).detach()
+        last = len(self.normalizers) - 1
+        largest = last - control.flip(-1).argmax(-1, keepdim=True)  # the last one among equals
+        choice = torch.where(choice == _UNKNOWN, largest, choice)
+        candidates = torch.arange(last + 1, device=choice.device)
+        return fixed, (candidates == choice).to(control.dtype)
 
     def _ratios(self) -> tuple[Tensor, Tensor]:
         control = torch.stack((self.mean_weight, self.var_weight))
-        fixed = torch.stack((self.mean_fixed, self.var_fixed)).unsqueeze(-1) > 0
-        choice = torch.stack((self.mean_choice, self.var_choice))
-        return torch.where(fixed, choice, sparsestmax(control, self.radius)).unbind()
+        fixed, one_hot = self._fixed_ratios()
+        return torch.where(fixed, one_hot, sparsestmax(control, self.radius)).unbind()
 
     def reset_parameters(self) -> None:
         """As in the base class, and nothing is frozen; the radius stays."""
         super().reset_parameters()
-        for name in ('mean_fixed', 'var_fixed'):
-            if name in self._buffers:  # not yet while the base class constructs
-                self._buffers[name].zero_()
-        hold(self, ())
+        if 'var_choice' in self._buffers:  # not yet while the base class constructs
+            for name in ('mean', 'var'):
+                getattr(self, f'{name}_fixed').zero_()
+                getattr(self, f'{name}_choice').fill_(_UNKNOWN)
+        hold(self, frozenset())
 
     @torch.no_grad()
-    def freeze(self, name: str, choice: Tensor) -> None:
-        """Freeze the ratios of one statistic; a frozen one stays as it is.
+    def freeze(self, name: str, ratios: Tensor) -> None:
+        """Freeze the ratios of one statistic.
 
         Args:
             name: 'mean' or 'var'.
-            choice: One-hot vector, shape (K,).
+            ratios: The one-hot vector, shape (K,).
         """
-        fixed, frozen_choice = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_choice')
-        frozen_choice.copy_(torch.where(fixed > 0, frozen_choice, choice))
-        fixed.fill_(1)
-        self._restore_fixed()
-        self._hold_fixed()
+        getattr(self, f'{name}_choice').copy_(ratios.argmax())
+        getattr(self, f'{name}_fixed').fill_(1)
+        getattr(self, f'{name}_weight').copy_(ratios)
+        hold(self, held(self) | {name})
 
     @torch.no_grad()
-    def _restore_fixed(self) -> None:
-        for name in ('mean', 'var'):
-            parameter = getattr(self, f'{name}_weight')
-            fixed, choice = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_choice')
-            parameter.copy_(torch.where(fixed > 0, choice, parameter))
+    def restore_fixed(self) -> None:
+        """Write the frozen one-hot vectors back into the control parameters."""
+        fixed, one_hot = self._fixed_ratios()
+        for parameter, is_fixed, ratios in zip(
+            (self.mean_weight, self.var_weight), fixed, one_hot, strict=True
+        ):
+            parameter.copy_(torch.where(is_fixed, ratios, parameter))
 
     def _hold_fixed(self) -> None:
         flags = torch.stack((self.mean_fixed, self.var_fixed)).tolist()
-        hold(self, tuple(name for name, flag in zip(('mean', 'var'), flags, strict=True) if flag))
+        pairs = zip(('mean', 'var'), flags, strict=True)
+        hold(self, frozenset(name for name, flag in pairs if flag))
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self._hold_fixed()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        # A file must never pair a fixed flag with ratios that are not one-hot; in a model that was
-        # averaged from others the parameters may have moved.
-        self._restore_fixed()
+        # A file must never pair a fixed flag with control parameters that are not one-hot; in a
+        # model averaged from others they may have moved.
+        self.restore_fixed()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @torch.no_grad()
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        for name in ('mean', 'var'):
-            parameter = getattr(self, f'{name}_weight')
-            # SparsestMax beyond its largest radius: the one-hot vector, with the layer's tie rule.
-            getattr(self, f'{name}_choice').copy_(sparsestmax(parameter, 1.0))
-        self._restore_fixed()
+        for choice in (self.mean_choice, self.var_choice):
+            choice.fill_(_UNKNOWN)
+        fixed, one_hot = self._fixed_ratios()
+        for name, is_fixed, ratios in zip(('mean', 'var'), fixed, one_hot, strict=True):
+            choice = torch.where(is_fixed, ratios.argmax(), _UNKNOWN)
+            getattr(self, f'{name}_choice').copy_(choice.squeeze())
+        self.restore_fixed()
         self._hold_fixed()
 
     def extra_repr(self) -> str:

@@ -33,9 +33,9 @@ def circumradius(num_candidates: int) -> float:
     return math.sqrt((num_candidates - 1) / num_candidates)
 
 
-def _project_on_simplex(gaps: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+def _project_on_simplex(gaps: Tensor, inside: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Sparsemax of sorted vectors, and its support size, from the gaps to the largest entry."""
-    sums = gaps.cumsum(-1)
+    sums = (gaps.unsqueeze(-2) * inside).sum(-1)
     support = (1 + ranks * gaps > sums).sum(-1, keepdim=True)
     threshold = (sums.gather(-1, support - 1) - 1) / support.to(gaps.dtype)
     return torch.where(ranks <= support, (gaps - threshold).clamp(min=0), 0), support
@@ -96,7 +96,7 @@ class SparsestMaxFunction(torch.autograd.Function):
         ordered = values.gather(-1, order)
         gaps = (ordered - ordered[..., :1]).clamp(min=-torch.finfo(dtype).max / (4 * size))
 
-        simplex_point, simplex_support = _project_on_simplex(gaps, ranks)
+        simplex_point, simplex_support = _project_on_simplex(gaps, inside, ranks)
         distance = (simplex_point - 1 / size).square().sum(-1, keepdim=True).sqrt()
         limit = circumradius(size)
         beyond = radius >= limit * (1 - _RADIUS_TOLERANCE)
@@ -121,6 +121,8 @@ class SparsestMaxFunction(torch.autograd.Function):
 
         on_circle = ~(outside | tie.gather(-1, support - 1))
         p = torch.where(outside, simplex_point, circle_point)
+        # (1, 6e-8, 0) is one-hot but for rounding.
+        p = torch.where(p.amax(-1, keepdim=True) == 1, (p == 1).to(dtype), p)
         support = torch.where(outside, simplex_support, support)
         slope = (reach / spread.gather(-1, support - 1)).clamp(max=_MAX_AMPLIFICATION)
         # Two entries on a circle of given radius cannot move at all.

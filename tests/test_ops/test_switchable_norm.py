@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssn_plugin import switchable_norm
+from ssn_plugin import sparsestmax, switchable_norm
 from ssn_plugin.ops import reference
 from ssn_plugin.ops.statistics import NORMALIZERS
 
@@ -194,6 +195,30 @@ def test_memory_format_is_that_of_batch_norm(shape, memory_format):
     assert y.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize(
+    ('dims', 'memory_format'), [(4, torch.channels_last), (5, torch.channels_last_3d)]
+)
+def test_channels_last_goes_in_and_out_in_both_directions(dims, memory_format):
+    arguments = inputs((2, 6, 3, 5, 4)[:dims])
+    upstream = torch.randn_like(arguments[0]).contiguous(memory_format=memory_format)
+    arguments = (arguments[0].contiguous(memory_format=memory_format), *arguments[1:])
+    found = results(switchable_norm, arguments, upstream)
+    assert found['y'].is_contiguous(memory_format=memory_format)
+    assert found['dx'].is_contiguous(memory_format=memory_format)
+    assert_equals_reference(arguments)
+
+
+def test_in_place_activation_may_follow():
+    # As in every ResNet: y itself must not be needed by the backward.
+    arguments = inputs((3, 6, 5, 4))
+    upstream = torch.randn_like(arguments[0])
+    found, expected = (
+        results(lambda *a, f=activation: f(switchable_norm(*a)), arguments, upstream)
+        for activation in (torch.relu_, torch.relu)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_input_is_not_modified():
     arguments = inputs((3, 6, 5, 4))
     before = [argument.clone() for argument in arguments]
@@ -339,6 +364,36 @@ def test_no_value_is_read_on_the_host(correction, training):
         y = switchable_norm(*arguments, *running, training=training, correction=correction)
         y.backward(torch.randn_like(y))
         assert all(a.grad.shape == a.shape for a in arguments)
+
+
+# ATen operators that torch.use_deterministic_algorithms(True) refuses on a GPU, as mmengine's
+# randomness=dict(deterministic=True) asks for: those that could serve here.
+NOT_DETERMINISTIC = {
+    'cumsum', 'histc', 'bincount', 'kthvalue', 'median', 'scatter_add', 'scatter_reduce', 'put_',
+}  # fmt: skip
+
+
+class RecordOperators(TorchDispatchMode):
+    """Collects the names of the ATen operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.split('.')[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nothing_is_refused_where_determinism_is_asked_for(memory_format):
+    z = torch.randn(2, 3, requires_grad=True)
+    x = torch.randn(3, 6, 5, 4).contiguous(memory_format=memory_format).requires_grad_()
+    with RecordOperators() as record:
+        y = switchable_norm(x, *sparsestmax(z, 0.4).unbind(), normalizers=THREE)
+        y.backward(torch.randn_like(y))
+    assert {'gather', 'addcmul_'} <= record.names  # it records
+    assert not record.names & NOT_DETERMINISTIC
 
 
 def test_traces_as_one_graph():
