@@ -1,4 +1,4 @@
-"""Real runs of the demo configs, cut short: train, resume, test, inference, through every script."""
+"""Real runs of the demo configs, cut short: train, resume, test, inference, all scripts."""
 
 import json
 import os

@@ -118,5 +118,8 @@ def _work_dir(args: argparse.Namespace, config: Config) -> str:
 
 
 def _run(script: Path, arguments: list[str]) -> None:
+    # A Runner's checkpoint holds log histories, which torch.load refuses since 2.6 unless told
+    # otherwise. onedl-mmengine tells it, the original mmengine could neither resume nor test.
+    os.environ.setdefault('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name='__main__')

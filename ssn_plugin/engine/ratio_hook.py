@@ -14,11 +14,11 @@ class SSNRatioHook(Hook):
 
     Every ``interval`` iterations, and after the last one:
 
-    - to the log (and whatever the log feeds): ``ssn_radius``, the largest of the model;
+    - to the log, which also hands it to the visualizer: ``ssn_radius``, the largest of the model;
       ``ssn_decided``, the number of layers whose mean and variance ratios are both one-hot;
       ``ssn_IN``, ``ssn_LN``, ...: importance ratio averaged over layers and both statistics;
-    - to the visualizer, TensorBoard for one: the same, and per layer
-      ``ssn/<layer>/mean/<normalizer>`` and ``ssn/<layer>/var/<normalizer>``.
+    - to the visualizer, TensorBoard for one: ``ssn/<layer>/mean/<normalizer>`` and
+      ``ssn/<layer>/var/<normalizer>``, the ratios layer by layer.
 
     It costs one synchronisation with the device per interval.
 

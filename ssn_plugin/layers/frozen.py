@@ -7,38 +7,46 @@ after every optimizer step of the process the frozen ones are written back.
 
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Layer -> the statistics ('mean', 'var') whose control parameters are frozen.
-_held: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+# Layer -> 'mean', 'var' -> the one-hot vector of frozen control parameters.
+_held: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _hook_handles: list = []
 
 
-def held(layer: nn.Module) -> frozenset[str]:
-    """The statistics of a layer whose control parameters are held.
+def held(layer: nn.Module) -> dict[str, Tensor]:
+    """The one-hot vectors at which control parameters of a layer are held.
 
     Args:
         layer: An SSN.
     """
-    return _held.get(layer, frozenset())
+    return _held.get(layer, {})
 
 
-def hold(layer: nn.Module, statistics: frozenset[str]) -> None:
-    """Hold the control parameters of these statistics from now on, and no others of the layer.
+def hold(layer: nn.Module, vectors: dict[str, Tensor]) -> None:
+    """Hold control parameters of a layer from now on, and no others of it.
 
     Args:
         layer: An SSN.
-        statistics: Out of 'mean', 'var'; empty lets go.
+        vectors: 'mean' and 'var' -> one-hot vector, shape (K,); empty lets go.
     """
-    if not statistics:
+    if not vectors:
         _held.pop(layer, None)
         return
-    _held[layer] = statistics
+    _held[layer] = vectors
     if not _hook_handles:
         _hook_handles.append(register_optimizer_step_post_hook(_write_back))
 
 
+@torch.no_grad()
 def _write_back(*_) -> None:
-    for layer in _held:
-        layer.restore_fixed()
+    pairs = [
+        (getattr(layer, f'{name}_weight'), vector)
+        for layer, vectors in _held.items()
+        for name, vector in vectors.items()
+    ]
+    if pairs:
+        parameters, vectors = zip(*pairs, strict=True)
+        torch._foreach_copy_(list(parameters), list(vectors))

@@ -120,7 +120,7 @@ class SSN(SwitchableNorm):
             for name in ('mean', 'var'):
                 getattr(self, f'{name}_fixed').zero_()
                 getattr(self, f'{name}_choice').fill_(_UNKNOWN)
-        hold(self, frozenset())
+        hold(self, {})
 
     @torch.no_grad()
     def freeze(self, name: str, ratios: Tensor) -> None:
@@ -133,7 +133,7 @@ class SSN(SwitchableNorm):
         getattr(self, f'{name}_choice').copy_(ratios.argmax())
         getattr(self, f'{name}_fixed').fill_(1)
         getattr(self, f'{name}_weight').copy_(ratios)
-        hold(self, held(self) | {name})
+        hold(self, {**held(self), name: ratios.clone()})
 
     @torch.no_grad()
     def restore_fixed(self) -> None:
@@ -145,9 +145,9 @@ class SSN(SwitchableNorm):
             parameter.copy_(torch.where(is_fixed, ratios, parameter))
 
     def _hold_fixed(self) -> None:
-        flags = torch.stack((self.mean_fixed, self.var_fixed)).tolist()
-        pairs = zip(('mean', 'var'), flags, strict=True)
-        hold(self, frozenset(name for name, flag in pairs if flag))
+        fixed, one_hot = self._fixed_ratios()
+        rows = zip(('mean', 'var'), fixed.flatten().tolist(), one_hot, strict=True)
+        hold(self, {name: ratios for name, is_fixed, ratios in rows if is_fixed})
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)

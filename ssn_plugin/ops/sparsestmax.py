@@ -121,8 +121,9 @@ class SparsestMaxFunction(torch.autograd.Function):
 
         on_circle = ~(outside | tie.gather(-1, support - 1))
         p = torch.where(outside, simplex_point, circle_point)
-        # (1, 6e-8, 0) is one-hot but for rounding.
-        p = torch.where(p.amax(-1, keepdim=True) == 1, (p == 1).to(dtype), p)
+        p = torch.where(defined, p, torch.nan).to(z.dtype)
+        # (1, 6e-8, 0) is one-hot but for rounding, the more so in half precision.
+        p = torch.where(p.amax(-1, keepdim=True) == 1, (p == 1).to(z.dtype), p)
         support = torch.where(outside, simplex_support, support)
         slope = (reach / spread.gather(-1, support - 1)).clamp(max=_MAX_AMPLIFICATION)
         # Two entries on a circle of given radius cannot move at all.
@@ -134,7 +135,7 @@ class SparsestMaxFunction(torch.autograd.Function):
             (ranks <= support).to(dtype).gather(-1, inverse),
             torch.where(defined, slope, torch.nan),
         )
-        return torch.where(defined, p.gather(-1, inverse), torch.nan).to(z.dtype)
+        return p.gather(-1, inverse)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""The host's own scripts are found by the scope of a config; tools end in one line and exit code 1."""
+"""The host's own scripts are found by a config's scope; tools end in one line and exit code 1."""
 
 import subprocess
 import sys

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius, undecided_layers
+from ssn_plugin.layers.radius import copy_selection
 from ssn_plugin.ops.sparsestmax import circumradius
 
 CANDIDATES = ('IN', 'LN', 'BN', 'GN')
@@ -153,6 +154,23 @@ def test_frozen_vector_is_exactly_one_hot(gap):
             assert layer.selected[0] is None
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_frozen_vector_of_a_half_precision_layer_is_exactly_one_hot(dtype):
+    # Just below the circumradius the largest ratio is rounded to one, the others are not zero.
+    for radius in (0.8, 0.815, 0.816, 0.8164, 0.82):
+        layer = ssn().to(dtype)
+        set_radius(layer, radius)
+        for ratios, parameter, flag in (
+            (layer.mean_ratios, layer.mean_weight, layer.mean_fixed),
+            (layer.var_ratios, layer.var_weight, layer.var_fixed),
+        ):
+            if flag:
+                assert ratios.tolist() == parameter.tolist() == [1, 0, 0]
+            else:
+                assert ratios.max() < 1
+    assert layer.mean_fixed == 1
+
+
 def test_no_later_radius_and_no_later_parameter_changes_a_frozen_choice():
     layer = ssn()
     set_radius(layer, 1.0)
@@ -204,6 +222,27 @@ def test_undecided_layers_names_every_layer_that_is_not_one_hot():
     assert undecided_layers(model) == ['block.1.norm']
     set_radius(model, 1.0)
     assert undecided_layers(model) == []
+
+
+def test_copied_selection_makes_a_model_follow_another():
+    source, target = Nested(), Nested()
+    with torch.no_grad():
+        target.sn1.mean_weight.copy_(torch.tensor([0.0, 0.0, 0.5]))
+    before = copy.deepcopy(target.state_dict())
+    set_radius(source.sn1, 1.0)
+    set_radius(source.block, 0.3)
+    copy_selection(source, target)
+    assert target.sn1.selected == ('IN', 'IN')
+    assert target.sn1.radius == 1
+    assert target.block[1]['norm'].selected == (None, None)
+    assert target.block[1]['norm'].radius.item() == pytest.approx(0.3)
+    # Its files are as consistent as any; nothing but selections was copied.
+    after = target.state_dict()
+    assert after['sn1.mean_weight'].tolist() == [1, 0, 0]
+    changed = {key for key in after if not torch.equal(after[key], before[key])}
+    assert {key.rpartition('.')[2] for key in changed} == {
+        'radius', 'mean_fixed', 'var_fixed', 'mean_weight', 'var_weight',
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize('radius', [0.0, 0.4, 1.0])

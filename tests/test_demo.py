@@ -1,0 +1,48 @@
+"""The demos as a user runs them: they learn, every layer becomes one normalizer, pictures exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def demo(task: str, work_dir: Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / 'tools/demo.py', task, '--work-dir', work_dir],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('task', 'least'),
+    [('det', {'box AP50': 0.5, 'mask AP50': 0.5}), ('seg', {'mIoU (in %)': 50})],
+)
+def test_demo_learns(task, least, tmp_path):
+    result = demo(task, tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    for name, value in least.items():
+        assert float(re.search(rf'{re.escape(name)}: ([\d.]+)', result.stdout)[1]) >= value
+    decided, layers = re.search(r'one normalizer: (\d+) of (\d+)', result.stdout).groups()
+    assert decided == layers
+    pictures = [Path(line.strip()) for line in result.stdout.splitlines() if '.png' in line]
+    assert len(pictures) == 2
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert min(image.size) > 500
+    assert 'eta: ' in result.stdout + result.stderr
+
+
+def test_demo_outside_the_repository_says_so(tmp_path):
+    result = demo('det', tmp_path / 'run', cwd=tmp_path)
+    assert result.returncode == 1
+    assert 'no such file: configs/demo/' in result.stderr
+    assert 'Traceback' not in result.stderr
+    assert not (tmp_path / 'run').exists()
