@@ -76,7 +76,7 @@ setup(
     packages=find_packages(include=['ssn_plugin', 'ssn_plugin.*']),
     package_data={'ssn_plugin': ['*/README.md']},
     python_requires='>=3.10',
-    install_requires=['torch>=2.0'],
+    install_requires=['torch>=2.1'],
     extras_require=extras,
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,

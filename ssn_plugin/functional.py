@@ -29,11 +29,12 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
     with the centre :math:`u = (1/K, ..., 1/K)`. A radius of 0 or less is sparsemax; from the
     circumradius :math:`\sqrt{(K-1)/K}` on, p is exactly one-hot (1.0 and 0.0).
 
-    The minimiser is not unique where the largest entries are equal and the circle binds. Then ties
-    break toward the last of the equal candidates (BN in the layer): p moves from the centre of the
-    tied entries straight toward its vertex. The gradient at an exact tie is that of sparsemax,
-    dz = dp - mean(dp) over the tied entries. Elsewhere it is the exact Jacobian, whose norm grows
-    as radius / distance from the tie, up to 1e6. Only first derivatives are available.
+    The minimiser is not unique where the largest entries are equal, the circle binds and only those
+    entries stay positive. Then ties break toward the last of the equal candidates (BN in the
+    layer): p moves from the centre of the tied entries straight toward its vertex. The gradient at
+    an exact tie is that of sparsemax, dz = dp - mean(dp) over the tied entries. Elsewhere it is the
+    exact Jacobian, whose norm grows as radius / distance from the tie, up to 1e6. Only first
+    derivatives are available.
 
     Args:
         z: Shape (..., K, ...) with K >= 2 entries along ``dim``. float16 and bfloat16 are computed
@@ -206,7 +207,7 @@ def switchable_norm(
         correction,
         eps,
     )
-    if training and running_mean is not None and batch_mean is not None:
+    if running_mean is not None and batch_mean is not None:
         count = x.numel() // x.shape[1]
         if correction == 0 and count > 1:
             batch_var = batch_var * (count / (count - 1))

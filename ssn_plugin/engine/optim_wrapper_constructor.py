@@ -37,7 +37,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8))
         >>> cfg = dict(optimizer=dict(type='SGD', lr=0.02, weight_decay=1e-4))
         >>> wrapper = SSNOptimWrapperConstructor(cfg)(model)
-        >>> [group['lr'] for group in wrapper.param_groups][-2:]
+        >>> [group['lr'] for group in wrapper.optimizer.param_groups][-2:]
         [0.002, 0.002]
 
     Source:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssn_plugin.functional import check_radius, sparsestmax
 from ssn_plugin.layers.frozen import held, hold
@@ -12,6 +12,11 @@ from ssn_plugin.layers.switchable import SwitchableNorm
 # Choice of a layer that is not frozen; also of a frozen one whose flag was copied without it, in a
 # model that took over parameters and persistent buffers: there the largest control parameter tells.
 _UNKNOWN = -1
+
+
+def _largest(control: Tensor) -> Tensor:
+    """Index of the largest entry, the last one among equals, keeping the dimension."""
+    return control.shape[-1] - 1 - control.flip(-1).argmax(-1, keepdim=True)
 
 
 class SSN(SwitchableNorm):
@@ -102,10 +107,8 @@ class SSN(SwitchableNorm):
         fixed = torch.stack((self.mean_fixed, self.var_fixed)).unsqueeze(-1) > 0
         choice = torch.stack((self.mean_choice, self.var_choice)).unsqueeze(-1)
         control = torch.stack((self.mean_weight, self.var_weight)).detach()
-        last = len(self.normalizers) - 1
-        largest = last - control.flip(-1).argmax(-1, keepdim=True)  # the last one among equals
-        choice = torch.where(choice == _UNKNOWN, largest, choice)
-        candidates = torch.arange(last + 1, device=choice.device)
+        choice = torch.where(choice == _UNKNOWN, _largest(control), choice)
+        candidates = torch.arange(len(self.normalizers), device=choice.device)
         return fixed, (candidates == choice).to(control.dtype)
 
     def _ratios(self) -> tuple[Tensor, Tensor]:
@@ -145,9 +148,17 @@ class SSN(SwitchableNorm):
             parameter.copy_(torch.where(is_fixed, ratios, parameter))
 
     def _hold_fixed(self) -> None:
+        if self.mean_fixed.is_meta:  # shapes without values
+            hold(self, {})
+            return
         fixed, one_hot = self._fixed_ratios()
         rows = zip(('mean', 'var'), fixed.flatten().tolist(), one_hot, strict=True)
         hold(self, {name: ratios for name, is_fixed, ratios in rows if is_fixed})
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self._hold_fixed()  # on the new device, in the new dtype
+        return self
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
@@ -162,12 +173,11 @@ class SSN(SwitchableNorm):
     @torch.no_grad()
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        for choice in (self.mean_choice, self.var_choice):
-            choice.fill_(_UNKNOWN)
-        fixed, one_hot = self._fixed_ratios()
-        for name, is_fixed, ratios in zip(('mean', 'var'), fixed, one_hot, strict=True):
-            choice = torch.where(is_fixed, ratios.argmax(), _UNKNOWN)
-            getattr(self, f'{name}_choice').copy_(choice.squeeze())
+        for name in ('mean', 'var'):
+            fixed, control = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_weight')
+            choice = torch.where(fixed > 0, _largest(control.detach()).squeeze(-1), _UNKNOWN)
+            # A new tensor: a layer built on the meta device gets values only now.
+            setattr(self, f'{name}_choice', choice)
         self.restore_fixed()
         self._hold_fixed()
 

@@ -268,3 +268,16 @@ def test_released_state_survives_the_first_own_save():
     again.load_state_dict(through_a_file(layer.state_dict()), strict=True)
     assert again.num_batches_tracked == 1
     torch.testing.assert_close(dict(again.state_dict()), dict(layer.state_dict()), rtol=0, atol=0)
+
+
+def test_a_layer_built_on_the_meta_device_gets_its_values_from_a_file():
+    source = SSN(4)
+    source.mean_weight.data[0] = 1
+    set_radius(source, 1.0)
+    with torch.device('meta'):
+        layer = SSN(4)
+    copy.deepcopy(layer)
+    layer.load_state_dict(source.state_dict(), assign=True)
+    assert layer.selected == source.selected == ('IN', 'BN')
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(layer(x), source(x))
