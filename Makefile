@@ -18,17 +18,17 @@ help:  ## show this list
 setup:  ## create the environment and install everything (10 minutes the first time)
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --family $(FAMILY)
 
-demo: setup  ## fine-tune Mask R-CNN with SSN on the demo data, evaluate, draw
+demo: setup  ## train Mask R-CNN with SSN on the demo data, evaluate, draw
 	$(RUN) tools/demo.py det
 
 demo-seg: setup  ## the same with DeepLabV3+
 	$(RUN) tools/demo.py seg
 
-test: setup  ## the whole test suite
-	$(RUN) -m pytest
+test: setup  ## the test suite; in CI with the two demo trainings, which have targets of their own
+	$(RUN) -m pytest $(if $(CI),,-m 'not demo')
 
 test-fast: setup  ## the test suite without what is marked slow
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest -m 'not slow and not demo'
 
 lint: setup  ## check style and formatting
 	$(RUN) -m ruff check .

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
     Args:
         z: Shape (..., K, ...) with K >= 2 entries along ``dim``. float16 and bfloat16 are computed
             in float32. Where a vector holds NaN or inf, its p is NaN.
-        radius: In the units of p. A 0-d tensor is read on its device, never synchronised, and NaN
-            in it makes p NaN.
+        radius: In the units of p, without gradient. A 0-d tensor on the device of ``z`` is never
+            synchronised with the host; NaN in it makes p NaN.
         dim: The dimension of the vectors.
 
     Returns:
@@ -68,6 +69,8 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
     if not isinstance(z, Tensor) or not z.is_floating_point():
         kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
         raise ValueError(f'z: got {kind}, expected a floating-point tensor')
+    if z.dim() and not -z.dim() <= dim < z.dim():
+        raise IndexError(f'dim: got {dim}, out of range for z of shape {tuple(z.shape)}')
     if z.dim() == 0 or z.shape[dim] < 2:
         raise ValueError(
             f'z: got shape {tuple(z.shape)}, expected at least 2 entries along dim={dim}'
@@ -81,7 +84,9 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
     else:
         if isinstance(radius, bool) or not isinstance(radius, int | float) or math.isnan(radius):
             raise ValueError(f'radius: got {radius!r}, expected a number or a 0-d tensor')
-        radius = torch.tensor(float(radius), dtype=torch.float64)
+        # Filled on the device: a copy from the host would wait. Beyond 1 all radii are alike.
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        radius = torch.full((), min(max(radius, 0.0), 1.0), dtype=dtype, device=z.device)
     return SparsestMaxFunction.apply(z.movedim(dim, -1), radius).movedim(-1, dim)
 
 
@@ -90,13 +95,15 @@ def check_normalizers(
 ) -> tuple[str, ...]:
     """Return the candidates as a tuple, or raise ValueError naming what is wrong with them."""
     known = ', '.join(NORMALIZERS)
-    if isinstance(normalizers, str) or any(name not in NORMALIZERS for name in normalizers):
+    listed = isinstance(normalizers, list | tuple)
+    if not listed or any(name not in NORMALIZERS for name in normalizers):
         raise ValueError(f'normalizers: got {normalizers!r}, expected names out of {known}')
     if len(normalizers) < 2 or len(set(normalizers)) < len(normalizers):
         raise ValueError(
             f'normalizers: got {tuple(normalizers)!r}, expected at least 2 different names'
         )
-    if 'GN' in normalizers and (num_groups < 1 or num_features % num_groups):
+    divides = isinstance(num_groups, Integral) and num_groups > 0 and num_features % num_groups == 0
+    if 'GN' in normalizers and not divides:
         raise ValueError(
             f'num_groups: got {num_groups}, expected a divisor of num_features={num_features}'
         )

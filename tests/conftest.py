@@ -17,7 +17,7 @@ def threads(request):
     busy with something else each of its waits costs milliseconds.
     """
     count = torch.get_num_threads()
-    if request.node.get_closest_marker('slow') is None:
+    if not any(request.node.get_closest_marker(name) for name in ('slow', 'demo')):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(count)

@@ -20,7 +20,7 @@ def demo(task: str, work_dir: Path, cwd: Path = ROOT) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.slow
+@pytest.mark.demo
 @pytest.mark.parametrize(
     ('task', 'least'),
     [('det', {'box AP50': 0.5, 'mask AP50': 0.5}), ('seg', {'mIoU (in %)': 50})],

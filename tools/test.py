@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ssn_plugin.engine.host_tool import add_common_arguments, test
+from ssn_plugin.engine.host_tool import add_test_arguments, test
 from ssn_plugin.engine.preflight import InputError
 
 
@@ -12,15 +12,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='Every other option (--out, --show-dir, --tta, --launcher) is handed on to\n'
-        "the test script of the config's framework.\n\n"
-        'example:\n'
+        epilog='example:\n'
         '  python tools/test.py configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py \\\n'
         '      work_dirs/demo/iter_1200.pth --show-dir pictures',
     )
-    add_common_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
-    args, _ = parser.parse_known_args()
+    add_test_arguments(parser)
+    args = parser.parse_args()
     try:
         test(args, sys.argv[1:])
     except InputError as error:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ssn_plugin.engine.host_tool import add_common_arguments, train
+from ssn_plugin.engine.host_tool import add_train_arguments, train
 from ssn_plugin.engine.preflight import InputError
 
 
@@ -12,14 +12,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='Every other option (--resume, --amp, --auto-scale-lr, --launcher) is handed on to\n'
-        "the train script of the config's framework.\n\n"
-        'example:\n'
+        epilog='example:\n'
         '  python tools/train.py configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py \\\n'
         '      --work-dir work_dirs/demo --cfg-options train_dataloader.batch_size=2',
     )
-    add_common_arguments(parser)
-    args, _ = parser.parse_known_args()
+    add_train_arguments(parser)
+    args = parser.parse_args()
     try:
         train(args, sys.argv[1:])
     except InputError as error:

@@ -108,7 +108,7 @@ def _is_there(out: Path, settings: dict[str, int], overwrite: bool) -> bool:
     if not overwrite:
         raise FileExistsError(
             f'{out} holds a demo data set with other settings {found}; '
-            'ask for overwrite to replace it, or give another folder'
+            'replace it with overwrite (--overwrite), or give another folder'
         )
     return False
 
@@ -150,7 +150,7 @@ def _write_scenes(
     except ModuleNotFoundError as error:
         raise ImportError(
             f'{error.name} is missing, which the demo data set needs: '
-            "pip install 'scikit-image>=0.22'"
+            "pip install 'scikit-image>=0.25'"
         ) from error
 
     cutouts, backgrounds = load_cutouts(), load_backgrounds()

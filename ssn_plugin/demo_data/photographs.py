@@ -81,13 +81,13 @@ def photograph_path(name: str) -> Path:
     if spec is None or spec.origin is None:
         raise ImportError(
             'scikit-image is not installed, and the demo data set is made of its photographs: '
-            "pip install 'scikit-image>=0.22'"
+            "pip install 'scikit-image>=0.25'"
         )
     path = Path(spec.origin).parent / 'data' / PHOTOGRAPHS[name].file
     if not path.is_file():
         raise FileNotFoundError(
             f'photograph {path} is missing: reinstall scikit-image from PyPI '
-            "(pip install --force-reinstall --no-deps 'scikit-image>=0.22')"
+            "(pip install --force-reinstall --no-deps 'scikit-image>=0.25')"
         )
     return path
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor
 
 from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.engine.host_tool import host_script
 from ssn_plugin.engine.preflight import InputError, check_work_dir, load_config
 from ssn_plugin.layers.radius import undecided_layers
 
@@ -81,6 +83,7 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
     """
     demo = TASKS[task]
     config = load_config(str(demo.config))
+    host_script(config, 'train.py')  # complains where the host framework is missing
     check_work_dir(str(work_dir))
     try:
         from ssn_plugin.demo_data import make_demo_dataset
@@ -90,8 +93,10 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
         raise InputError(f'demo data: {error}') from error
 
     config.work_dir = str(work_dir)
-    config.resume = (work_dir / 'last_checkpoint').is_file()
+    config.resume = _is_started(config, work_dir / demo.config.name)
     runner = Runner.from_cfg(config)
+    if config.resume:
+        runner.logger.info(f'Going on with the run in {work_dir}; delete it to start again.')
     runner.train()
     metrics = runner.test()
 
@@ -107,6 +112,17 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
         undecided_layers(runner.model),
         pictures,
         Path((work_dir / 'last_checkpoint').read_text().strip()),
+    )
+
+
+def _is_started(config: Config, dumped: Path) -> bool:
+    """Whether the work dir has a checkpoint of a run with this very config, dumped by the run."""
+    if not (dumped.parent / 'last_checkpoint').is_file() or not dumped.is_file():
+        return False
+    before = Config.fromfile(str(dumped)).to_dict()
+    now = config.to_dict()
+    return all(
+        before.get(key) == now.get(key) for key in ('model', 'train_cfg', 'train_dataloader')
     )
 
 

@@ -11,9 +11,9 @@ from mmengine.config import Config, DictAction
 
 from ssn_plugin.engine.preflight import (
     InputError,
+    check_checkpoint,
     check_checkpoints,
     check_data,
-    check_file,
     check_work_dir,
     load_config,
 )
@@ -56,12 +56,40 @@ class _Options(DictAction):
             parser.error(f'{option_string}: got {" ".join(values)!r}, expected KEY=VALUE pairs')
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that are looked at before the host's script sees them.
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training; all but ``config`` and ``--cfg-options`` are the host's.
 
     Args:
-        parser: Gets ``config``, ``--work-dir`` and ``--cfg-options``.
+        parser: Gets them.
     """
+    _add_common_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='go on from the latest checkpoint of the work dir, or in mmdet from the given one',
+    )
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='mmdet: by the batch size')
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of testing; all but ``config`` and ``--cfg-options`` are the host's.
+
+    Args:
+        parser: Gets them.
+    """
+    _add_common_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='where to write the predictions')
+    parser.add_argument('--show', action='store_true', help='show the predictions')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument('--wait-time', type=float, help='seconds between shown pictures')
+    parser.add_argument('--tta', action='store_true', help='test time augmentation')
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    # Declared so that their values are not taken for positional arguments; the host parses again.
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument(
@@ -71,22 +99,27 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_dataloader.batch_size=1',
     )
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def train(args: argparse.Namespace, arguments: list[str]) -> None:
     """Check config, data and weights, then train by the host's ``tools/train.py``.
 
     Args:
-        args: What :func:`add_common_arguments` parsed.
+        args: What :func:`add_train_arguments` parsed.
         arguments: The whole command line for the host's script.
 
     Raises:
         InputError: If something is missing.
     """
+    _allow_runner_checkpoints()
     config = load_config(args.config, args.cfg_options)
     script = host_script(config, 'train.py')
     for split in ('train', 'val'):
         check_data(config, split)
+    if args.resume not in (None, 'auto'):
+        check_checkpoint('resume', args.resume)
     check_checkpoints(config)
     check_work_dir(_work_dir(args, config))
     _run(script, arguments)
@@ -96,15 +129,16 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     """Check config, checkpoint and data, then evaluate by the host's ``tools/test.py``.
 
     Args:
-        args: What :func:`add_common_arguments` parsed, and ``checkpoint``.
+        args: What :func:`add_test_arguments` parsed.
         arguments: The whole command line for the host's script.
 
     Raises:
         InputError: If something is missing.
     """
+    _allow_runner_checkpoints()
     config = load_config(args.config, args.cfg_options)
     script = host_script(config, 'test.py')
-    check_file('checkpoint', args.checkpoint)
+    check_checkpoint('checkpoint', args.checkpoint)
     check_data(config, 'test')
     check_work_dir(_work_dir(args, config))
     _run(script, arguments)
@@ -118,8 +152,11 @@ def _work_dir(args: argparse.Namespace, config: Config) -> str:
 
 
 def _run(script: Path, arguments: list[str]) -> None:
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name='__main__')
+
+
+def _allow_runner_checkpoints() -> None:
     # A Runner's checkpoint holds log histories, which torch.load refuses since 2.6 unless told
     # otherwise. onedl-mmengine tells it, the original mmengine could neither resume nor test.
     os.environ.setdefault('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name='__main__')

@@ -13,9 +13,10 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """mmengine's default constructor, with the training rules of SSN and SN layers.
 
     Control parameters (``mean_weight``, ``var_weight``) get their own learning rate and weight
-    decay, and the norm of their joint gradient is clipped right before every optimizer step: after
-    accumulation, after a GradScaler has unscaled, and after the wrapper's own ``clip_grad``. The
-    layers' ``weight`` and ``bias`` are treated as those of any norm layer (``norm_decay_mult``).
+    decay, and the norm of their joint gradient is clipped before every optimizer step: after
+    accumulation, after a GradScaler has unscaled, and before the wrapper's own ``clip_grad``, so
+    that the steep gradient of a layer near a tie does not shrink all others. The layers'
+    ``weight`` and ``bias`` are treated as those of any norm layer (``norm_decay_mult``).
     Everything else is as in ``DefaultOptimWrapperConstructor``. SSN layers are found by type.
 
     Args:
@@ -28,7 +29,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             - ``ssn_clip_norm``: Largest norm of their joint gradient, or None. Defaults to 1.
 
     Raises:
-        ValueError: If one of these is negative or no number.
+        ValueError: If one of these is negative or no number, or another ``ssn_`` key is given.
 
     Example:
         >>> import torch
@@ -46,6 +47,11 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         given = {} if paramwise_cfg is None else paramwise_cfg
+        unknown = sorted(k for k in given if k.startswith('ssn_') and k not in _DEFAULTS)
+        if unknown:
+            raise ValueError(
+                f'paramwise_cfg: got {", ".join(unknown)}, expected out of {", ".join(_DEFAULTS)}'
+            )
         paramwise_cfg = {**_DEFAULTS, **given}
         for name in _DEFAULTS:
             value = paramwise_cfg[name]
@@ -94,7 +100,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                     group['weight_decay'] = decay * self.paramwise_cfg['ssn_decay_mult']
         max_norm = self.paramwise_cfg['ssn_clip_norm']
         if max_norm is not None and control:
-            _clip_before_step(optimizer, control, max_norm)
+            _clip_before_step(wrapper, control, max_norm)
         return wrapper
 
 
@@ -108,11 +114,23 @@ def _trained_control_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _clip_before_step(optimizer, parameters: list[nn.Parameter], max_norm: float) -> None:
+def _clip_before_step(
+    wrapper: OptimWrapper, parameters: list[nn.Parameter], max_norm: float
+) -> None:
+    # The optimizer's step is where every wrapper has accumulated and unscaled, whatever its type.
     def clip(optimizer, args, kwargs) -> None:
         # A fused optimizer unscales inside its step: the gradients here still carry the factor.
         scale = getattr(optimizer, 'grad_scale', None)
         bound = max_norm if scale is None else max_norm * float(scale)
         clip_grad_norm_(parameters, bound)
 
-    optimizer.register_step_pre_hook(clip)
+    wrapper.optimizer.register_step_pre_hook(clip)
+
+    if wrapper.clip_grad_kwargs:
+        clip_all = wrapper._clip_grad  # called by the wrapper on unscaled gradients
+
+        def clip_control_then_all() -> None:
+            clip_grad_norm_(parameters, max_norm)
+            clip_all()
+
+        wrapper._clip_grad = clip_control_then_all

@@ -64,7 +64,7 @@ def check_data(config: Config, split: str) -> None:
     if not loader:
         return
     for key, dataset in _datasets(loader.dataset, f'{split}_dataloader.dataset'):
-        root = dataset.get('data_root') or ''
+        root = str(dataset.get('data_root') or '')
         wanted = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
         for name in wanted:
             if not isinstance(name, str) or not name or dataset.get('backend_args'):
@@ -104,10 +104,10 @@ def _advice(dataset_type: object, path: str) -> str:
 
 
 def check_checkpoints(config: Config) -> None:
-    """Look for the weights a run starts from, in ``init_cfg`` entries and ``load_from``.
+    """Look at the weights a run starts from: ``init_cfg``, ``pretrained`` and ``load_from``.
 
-    A name with a scheme (``torchvision://``, ``https://``) is loaded once, by the first process of
-    a machine, so that a missing network shows here and the others find it in the cache.
+    Each is loaded once. For a name with a scheme (``torchvision://``, ``https://``) only the first
+    process of a machine does so, and the others find it in the cache.
 
     Args:
         config: The whole config.
@@ -116,52 +116,53 @@ def check_checkpoints(config: Config) -> None:
         InputError: Naming the entry and the file, and how to get it or do without.
     """
     wanted = list(_pretrained(config.get('model', {}), 'model'))
-    if config.get('load_from'):
+    if isinstance(config.get('load_from'), str):
         wanted.append(('load_from', 'load_from', config.load_from))
     for key, switch, checkpoint in wanted:
-        way_out = f'or do without it by --cfg-options {switch}=None'
-        if '://' not in checkpoint:
-            if not os.path.isfile(checkpoint):
-                raise InputError(
-                    f'{key}: no such file: {checkpoint} (looked for from {os.getcwd()}); put it '
-                    f'there, name another by --cfg-options {key}=FILE, {way_out}'
-                )
-        elif int(os.environ.get('LOCAL_RANK', 0)) == 0:
-            try:
-                CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-            except Exception as error:
-                # Whatever the loader of the scheme raises: no network, no torchvision, no file.
-                first_line = (str(error).splitlines() or [''])[0]
-                raise InputError(
-                    f'{key}: cannot load {checkpoint}: {type(error).__name__}: {first_line}; name '
-                    f'a local file by --cfg-options {key}=FILE, {way_out}'
-                ) from error
+        if '://' in checkpoint and int(os.environ.get('LOCAL_RANK', 0)) != 0:
+            continue
+        check_checkpoint(
+            key,
+            checkpoint,
+            f'; name another file by --cfg-options {key}=FILE, '
+            f'or do without it by --cfg-options {switch}=None',
+        )
+
+
+def check_checkpoint(name: str, path: str, advice: str = '') -> None:
+    """Load a checkpoint once, to see that it can be.
+
+    Args:
+        name: The argument or config entry that names it.
+        path: File or address.
+        advice: What to do about it, for the error.
+
+    Raises:
+        InputError: If there is no such file or it cannot be loaded.
+    """
+    if '://' not in path and not os.path.isfile(path):
+        raise InputError(f'{name}: no such file: {path} (looked for from {os.getcwd()}){advice}')
+    try:
+        CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+    except Exception as error:
+        # Whatever unpickling or the loader of the scheme raises: no checkpoint, no network, ...
+        first_line = (str(error).splitlines() or [''])[0]
+        raise InputError(
+            f'{name}: cannot load {path}: {type(error).__name__}: {first_line}{advice}'
+        ) from error
 
 
 def _pretrained(node: object, key: str) -> Iterator[tuple[str, str, str]]:
     if isinstance(node, dict):
-        init = node.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
-            yield f'{key}.init_cfg.checkpoint', f'{key}.init_cfg', init['checkpoint']
+        if isinstance(node.get('pretrained'), str):
+            yield f'{key}.pretrained', f'{key}.pretrained', node['pretrained']
+        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+            yield f'{key}.checkpoint', key, node['checkpoint']
         for name, child in node.items():
             yield from _pretrained(child, f'{key}.{name}')
     elif isinstance(node, list | tuple):
         for index, child in enumerate(node):
             yield from _pretrained(child, f'{key}.{index}')
-
-
-def check_file(argument: str, path: str) -> None:
-    """Look for a file named on the command line.
-
-    Args:
-        argument: Name of the argument.
-        path: The file.
-
-    Raises:
-        InputError: If it does not exist.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f'{argument}: no such file: {path}')
 
 
 def check_work_dir(path: str) -> None:

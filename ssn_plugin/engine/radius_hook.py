@@ -72,7 +72,7 @@ class SSNRadiusHook(Hook):
             iteration: Counted from 0 over the whole run.
             max_iters: Iterations of the whole run.
         """
-        progress = iteration / max(max_iters - 1, 1)
+        progress = iteration / (max_iters - 1) if max_iters > 1 else 1.0
         grown = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
         return self.start_radius + (self.end_radius - self.start_radius) * grown
 

@@ -171,8 +171,23 @@ class SSN(SwitchableNorm):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @torch.no_grad()
-    def _load_from_state_dict(self, *args) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        for name in ('mean', 'var'):
+            fixed = state_dict.get(f'{prefix}{name}_fixed')
+            control = state_dict.get(f'{prefix}{name}_weight')
+            if fixed is None or control is None or fixed.is_meta:
+                continue
+            if bool(fixed.any()) and not bool(control.isfinite().all()):
+                # argmax would take NaN for the choice.
+                error_msgs.append(
+                    f'{prefix}{name}_weight: got {control.tolist()} beside {name}_fixed=1, '
+                    'expected a one-hot vector'
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         for name in ('mean', 'var'):
             fixed, control = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_weight')
             choice = torch.where(fixed > 0, _largest(control.detach()).squeeze(-1), _UNKNOWN)

@@ -1,6 +1,7 @@
 """What SSN and its parent SN share: parameters, running statistics, input checks, state dict."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +45,15 @@ class SwitchableNorm(nn.Module):
         correction: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+        if not isinstance(num_features, Integral) or num_features < 1:
             raise ValueError(f'num_features: got {num_features!r}, expected a positive integer')
-        if not eps >= 0:
+        if not isinstance(eps, Real) or not eps >= 0:
             raise ValueError(f'eps: got {eps!r}, expected a number of at least 0')
-        if momentum is not None and not 0 <= momentum <= 1:
+        if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
             raise ValueError(f'momentum: got {momentum!r}, expected None or a number in [0, 1]')
         if correction not in (0, 1):
             raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
-        self.num_features = num_features
+        self.num_features = int(num_features)
         self.eps = eps
         self.momentum = momentum
         self.affine = affine

@@ -41,6 +41,18 @@ def test_other_scopes_are_refused(scope):
         (['tools/test.py', CONFIG, 'nothing.pth'], 1, 'checkpoint: no such file: nothing.pth'),
         (['tools/train.py', CONFIG, '--cfg-options', 'depth'], 2, 'expected KEY=VALUE'),
         (['tools/train.py'], 2, 'required: config'),
+        # values of options are not taken for the positional arguments
+        (['tools/train.py', '--launcher', 'none', 'nothing.py'], 1, 'no such file: nothing.py'),
+        (
+            ['tools/test.py', CONFIG, '--show-dir', 'd', 'nothing.pth'],
+            1,
+            'no such file: nothing.pth',
+        ),
+        (
+            ['tools/test.py', '--out', 'a.pkl', CONFIG, 'b.pth'],
+            1,
+            'checkpoint: no such file: b.pth',
+        ),
     ],
 )
 def test_bad_command_lines(arguments, code, said):

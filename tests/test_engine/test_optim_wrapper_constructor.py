@@ -445,9 +445,27 @@ def test_clip_after_the_clip_grad_of_the_wrapper(max_norm):
     wrapper = build(model, **plain_sgd(clip_grad=dict(max_norm=max_norm)))
     grads, before = gradients(model, 50.0), snapshot(model)
     wrapper.update_params(loss_with(model, grads))
-    factor = max_norm / joint_norm(grads.values())
-    clipped = {name: grad * factor for name, grad in grads.items()}
+    # Control parameters first, so that their steepness does not count in the joint norm.
+    control = {name: grad for name, grad in grads.items() if name.endswith(CONTROL)}
+    factor = min(1, 1 / joint_norm(control.values()))
+    once = {name: grad * (factor if name in control else 1) for name, grad in grads.items()}
+    factor = min(1, max_norm / joint_norm(once.values()))
+    clipped = {name: grad * factor for name, grad in once.items()}
     check_update(update_of(model, before), clipped, control_lr=0.1, clipped_to=1.0)
+
+
+def test_a_near_tie_does_not_shrink_the_other_gradients():
+    steps = []
+    for gradient in (0.5, 5e3):
+        model = two_norms()
+        wrapper = build(model, **plain_sgd(clip_grad=dict(max_norm=10)))
+        grads, before = gradients(model, 0.1), snapshot(model)
+        for name in grads:
+            if name.endswith(CONTROL):
+                grads[name] = torch.full_like(grads[name], gradient)
+        wrapper.update_params(loss_with(model, grads))
+        steps.append(update_of(model, before)['0.weight'])
+    torch.testing.assert_close(steps[0], steps[1])
 
 
 @pytest.fixture

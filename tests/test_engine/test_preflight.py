@@ -6,9 +6,9 @@ from mmengine.config import Config
 
 from ssn_plugin.engine.preflight import (
     InputError,
+    check_checkpoint,
     check_checkpoints,
     check_data,
-    check_file,
     check_work_dir,
     load_config,
 )
@@ -117,7 +117,9 @@ def test_weights_behind_an_unknown_address():
 
 
 def test_missing_checkpoint_argument(tmp_path):
-    assert message_of(check_file, 'checkpoint', str(tmp_path / 'a.pth')).startswith('checkpoint: ')
+    assert message_of(check_checkpoint, 'checkpoint', str(tmp_path / 'a.pth')).startswith(
+        'checkpoint: '
+    )
 
 
 def test_work_dir_that_is_a_file(tmp_path):
@@ -125,3 +127,30 @@ def test_work_dir_that_is_a_file(tmp_path):
     path.touch()
     assert str(path) in message_of(check_work_dir, str(path))
     assert str(path) in message_of(check_work_dir, str(path / 'below'))
+
+
+@pytest.mark.parametrize('content', [b'', b'<html>not found</html>'], ids=['empty', 'page'])
+def test_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / 'weights.pth'
+    path.write_bytes(content)
+    assert f'cannot load {path}' in message_of(check_checkpoint, 'checkpoint', str(path))
+    assert f'cannot load {path}' in message_of(check_checkpoints, pretrained(path))
+
+
+def test_every_way_to_name_weights_is_looked_at(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    init = dict(type='Pretrained', checkpoint=path)
+    for model, key in (
+        (dict(pretrained=path), 'model.pretrained'),
+        (dict(neck=dict(init_cfg=[dict(type='Xavier'), init])), 'model.neck.init_cfg.1.checkpoint'),
+        (dict(teachers=[dict(init_cfg=init)]), 'model.teachers.0.init_cfg.checkpoint'),
+    ):
+        assert key in message_of(check_checkpoints, Config(dict(model=model)))
+    check_checkpoints(Config(dict(model=dict(pretrained=None, init_cfg=dict(type='Kaiming')))))
+
+
+def test_data_root_that_is_no_path():
+    dataset = dict(type='CocoDataset', data_root=5, ann_file='a.json')
+    assert '5/a.json' in message_of(
+        check_data, Config(dict(train_dataloader=dict(dataset=dataset))), 'train'
+    )

@@ -54,7 +54,7 @@ def warnings_of(runner):
         (dict(begin=0.25, end=0.75, start_radius=0.1, end_radius=0.9), 75, 101, 0.9),
         (dict(begin=0.25, end=0.75, start_radius=0.1, end_radius=0.9), 100, 101, 0.9),
         # a run of one iteration has no progress to divide by
-        (dict(start_radius=0.3), 0, 1, 0.3),
+        (dict(start_radius=0.3), 0, 1, 1.0),
     ],
 )
 def test_radius_at(arguments, iteration, max_iters, expected):

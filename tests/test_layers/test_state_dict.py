@@ -281,3 +281,12 @@ def test_a_layer_built_on_the_meta_device_gets_its_values_from_a_file():
     assert layer.selected == source.selected == ('IN', 'BN')
     x = torch.randn(2, 4, 3, 3)
     assert torch.equal(layer(x), source(x))
+
+
+def test_a_frozen_choice_that_is_nan_is_refused():
+    layer = SSN(4)
+    set_radius(layer, 1.0)
+    state = layer.state_dict()
+    state['mean_weight'] = torch.tensor([float('nan'), 0.0, 1.0])
+    with pytest.raises(RuntimeError, match='mean_weight: got .*nan.* expected a one-hot vector'):
+        SSN(4).load_state_dict(state)
