@@ -288,5 +288,5 @@ def test_a_frozen_choice_that_is_nan_is_refused():
     set_radius(layer, 1.0)
     state = layer.state_dict()
     state['mean_weight'] = torch.tensor([float('nan'), 0.0, 1.0])
-    with pytest.raises(RuntimeError, match='mean_weight: got .*nan.* expected a one-hot vector'):
+    with pytest.raises(RuntimeError, match=r'mean_weight: got .*nan.* expected a one-hot vector'):
         SSN(4).load_state_dict(state)
