@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ssn_plugin.demo_data import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
+from ssn_plugin.engine.demo import TASKS
+from ssn_plugin.engine.preflight import load_config
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -46,3 +50,12 @@ def test_demo_outside_the_repository_says_so(tmp_path):
     assert 'no such file: configs/demo/' in result.stderr
     assert 'Traceback' not in result.stderr
     assert not (tmp_path / 'run').exists()
+
+
+def test_demo_configs_and_data_agree_on_the_classes():
+    detector = load_config(str(ROOT / TASKS['det'].config)).metainfo
+    segmentor = load_config(str(ROOT / TASKS['seg'].config)).metainfo
+    assert tuple(detector.classes) == CLASSES
+    assert tuple(segmentor.classes) == SEG_CLASSES
+    assert [tuple(colour) for colour in detector.palette] == list(PALETTE)
+    assert [tuple(colour) for colour in segmentor.palette] == list(SEG_PALETTE)

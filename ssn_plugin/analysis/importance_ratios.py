@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
+from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.layers.switchable import SwitchableNorm
 
 
@@ -15,12 +17,14 @@ class LayerRatios(NamedTuple):
         normalizers: Names of the K candidates.
         mean_ratios: K importance ratios of the means.
         var_ratios: K importance ratios of the variances.
+        radius: Radius of an SSN, None for an SN.
     """
 
     layer: str
     normalizers: tuple[str, ...]
     mean_ratios: tuple[float, ...]
     var_ratios: tuple[float, ...]
+    radius: float | None = None
 
     @property
     def decided(self) -> bool:
@@ -28,8 +32,11 @@ class LayerRatios(NamedTuple):
         return 1.0 in self.mean_ratios and 1.0 in self.var_ratios
 
 
+@torch.no_grad()
 def importance_ratios(model: nn.Module) -> list[LayerRatios]:
-    """Rows (layer, candidates, mean ratios, variance ratios) in the order of the model's modules.
+    """Rows (layer, candidates, mean ratios, variance ratios, radius) in the order of the modules.
+
+    The whole model costs one synchronisation with the device.
 
     Args:
         model: A model with SSN or SN layers.
@@ -42,13 +49,25 @@ def importance_ratios(model: nn.Module) -> list[LayerRatios]:
         >>> rows[0].layer, rows[0].decided
         ('1', False)
     """
-    return [
-        LayerRatios(
-            name,
-            module.normalizers,
-            tuple(module.mean_ratios.tolist()),
-            tuple(module.var_ratios.tolist()),
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, SwitchableNorm)}
+    if not layers:
+        return []
+    pieces = [ratios for layer in layers.values() for ratios in layer._ratios()]
+    pieces += [layer.radius.reshape(1) for layer in layers.values() if isinstance(layer, SSN)]
+    numbers = torch.cat([piece.float() for piece in pieces]).tolist()
+    rows = []
+    start = 0
+    for name, layer in layers.items():
+        size = len(layer.normalizers)
+        middle, end = start + size, start + 2 * size
+        rows.append(
+            LayerRatios(
+                name, layer.normalizers, tuple(numbers[start:middle]), tuple(numbers[middle:end])
+            )
         )
-        for name, module in model.named_modules()
-        if isinstance(module, SwitchableNorm)
+        start = end
+    radii = iter(numbers[start:])
+    return [
+        row._replace(radius=next(radii)) if isinstance(layers[row.layer], SSN) else row
+        for row in rows
     ]

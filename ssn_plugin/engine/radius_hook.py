@@ -3,9 +3,8 @@
 import math
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from torch import nn
 
+from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.functional import check_radius
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN
@@ -102,7 +101,7 @@ class SSNRadiusHook(Hook):
             # With update_buffers, EMAHook averages the radius and never updates integer flags;
             # without, it copies all buffers itself.
             if averaged is not None and averaged.update_buffers:
-                copy_selection(_unwrapped(runner.model), averaged.module)
+                copy_selection(unwrapped(runner.model), averaged.module)
 
     def after_train(self, runner) -> None:
         """Warn about layers that did not become one-hot.
@@ -110,7 +109,7 @@ class SSNRadiusHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         undecided = undecided_layers(model)
         if not undecided:
             return
@@ -126,7 +125,3 @@ class SSNRadiusHook(Hook):
                 f'SSNRadiusHook: {len(frozen)} SSN layers with frozen parameters keep ratios that '
                 f'are not one-hot: {", ".join(frozen)}'
             )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

@@ -1,12 +1,10 @@
 """SSNRatioHook: the radius, the number of decided layers and the importance ratios in the log."""
 
-import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import nn
 
-from ssn_plugin.layers.ssn import SSN
-from ssn_plugin.layers.switchable import SwitchableNorm
+from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.engine.model_wrapper import unwrapped
 
 
 class SSNRatioHook(Hook):
@@ -35,7 +33,7 @@ class SSNRatioHook(Hook):
     # Before LoggerHook, which prints what is recorded here.
     priority = 'NORMAL'
 
-    def __init__(self, interval: int = 50) -> None:
+    def __init__(self, interval: int = 10) -> None:
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval: got {interval!r}, expected a positive integer')
         self.interval = interval
@@ -52,14 +50,12 @@ class SSNRatioHook(Hook):
         last = runner.iter + 1 == runner.max_iters
         if not (self.every_n_train_iters(runner, self.interval) or last):
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        summary, per_layer = importance_scalars(model)
+        summary, per_layer = importance_scalars(unwrapped(runner.model))
         for name, value in summary.items():
             runner.message_hub.update_scalar(f'train/{name}', value)
         runner.visualizer.add_scalars(per_layer, step=runner.iter + 1)
 
 
-@torch.no_grad()
 def importance_scalars(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
     """Radius, decided layers and ratios of a model as named numbers.
 
@@ -69,26 +65,19 @@ def importance_scalars(model: nn.Module) -> tuple[dict[str, float], dict[str, fl
     Returns:
         The summary over all layers, and the ratios layer by layer.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SwitchableNorm)}
-    if not layers:
+    rows = importance_ratios(model)
+    if not rows:
         return {}, {}
-    # One transfer for the whole model: ratios of every layer behind each other, then the radii.
-    pieces = [ratio for layer in layers.values() for ratio in layer._ratios()]
-    pieces += [m.radius.reshape(1) for m in layers.values() if isinstance(m, SSN)]
-    numbers = iter(torch.cat([piece.float() for piece in pieces]).tolist())
-
     per_layer: dict[str, float] = {}
     by_normalizer: dict[str, list[float]] = {}
-    decided = 0
-    for name, layer in layers.items():
-        one_hot = []
-        for statistic in ('mean', 'var'):
-            ratios = [next(numbers) for _ in layer.normalizers]
-            one_hot.append(1.0 in ratios)
-            for normalizer, ratio in zip(layer.normalizers, ratios, strict=True):
-                per_layer[f'ssn/{name}/{statistic}/{normalizer}'] = ratio
+    for row in rows:
+        for statistic, ratios in (('mean', row.mean_ratios), ('var', row.var_ratios)):
+            for normalizer, ratio in zip(row.normalizers, ratios, strict=True):
+                per_layer[f'ssn/{row.layer}/{statistic}/{normalizer}'] = ratio
                 by_normalizer.setdefault(normalizer, []).append(ratio)
-        decided += all(one_hot)
-    summary = {'ssn_radius': max(numbers, default=0.0), 'ssn_decided': float(decided)}
+    summary = {
+        'ssn_radius': max((row.radius for row in rows if row.radius is not None), default=0.0),
+        'ssn_decided': float(sum(row.decided for row in rows)),
+    }
     summary |= {f'ssn_{n}': sum(ratios) / len(ratios) for n, ratios in by_normalizer.items()}
     return summary, per_layer

@@ -1,0 +1,13 @@
+"""The model inside mmengine's wrappers for distributed training."""
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, whose module names are those of the config.
+
+    Args:
+        model: A model, wrapped or not.
+    """
+    return model.module if is_model_wrapper(model) else model
