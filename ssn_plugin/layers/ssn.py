@@ -198,6 +198,8 @@ class SSN(SwitchableNorm):
 
     def extra_repr(self) -> str:
         """The constructor's arguments, the current ratios and the selection."""
+        if self.radius.is_meta:
+            return super().extra_repr()
         return f'{super().extra_repr()}, radius={self.radius.item():.4f}, selected={self.selected}'
 
 

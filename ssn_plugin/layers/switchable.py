@@ -166,11 +166,14 @@ class SwitchableNorm(nn.Module):
             return ' '.join(f'{name} {ratio:.3f}' for name, ratio in pairs)
 
         groups = f', num_groups={self.num_groups}' if 'GN' in self.normalizers else ''
+        ratios = ''
+        if not self.mean_weight.is_meta:  # there it has no value to show
+            mean, var = shown(self.mean_ratios), shown(self.var_ratios)
+            ratios = f', mean_ratios=({mean}), var_ratios=({var})'
         return (
             f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, '
             f'track_running_stats={self.track_running_stats}, normalizers={self.normalizers}'
-            f'{groups}, correction={self.correction}, '
-            f'mean_ratios=({shown(self.mean_ratios)}), var_ratios=({shown(self.var_ratios)})'
+            f'{groups}, correction={self.correction}{ratios}'
         )
 
     def _load_from_state_dict(
