@@ -14,7 +14,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='example:\n'
         '  python tools/test.py configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py \\\n'
-        '      work_dirs/demo/iter_1200.pth --show-dir pictures',
+        '      work_dirs/demo/iter_800.pth --show-dir pictures',
     )
     add_test_arguments(parser)
     args = parser.parse_args()

@@ -89,4 +89,4 @@ def plot_predictions(
     if handles:
         figure.legend(handles=handles, loc='outside lower center', ncols=len(handles))
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
