@@ -24,7 +24,7 @@ def plot_selection(rows: Sequence[LayerRatios], path: Path, title: str) -> None:
     """
     if not rows:
         raise ValueError('rows: got none, expected at least one SSN or SN layer')
-    figure = Figure(figsize=(max(6.0, 2.0 + 0.24 * len(rows)), 6.0), layout='constrained')
+    figure = Figure(figsize=(max(6.0, 2.0 + 0.24 * len(rows)), 7.5), layout='constrained')
     axes = figure.subplots(2, 1, sharex=True)
     used = [n for n in NORMALIZER_COLOURS if any(n in row.normalizers for row in rows)]
     positions = range(len(rows))
