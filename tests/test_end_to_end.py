@@ -141,7 +141,9 @@ def test_resumed_run_goes_on_at_the_exact_radius(trained, folder, tmp_path):
     assert set(radii[0].values()) == {1.0}
 
 
-def test_inference_interfaces(trained, folder):
+def test_inference_interfaces(trained, folder, monkeypatch):
+    # as README.md says for the original mmengine
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     scope, work_dir = trained
     checkpoint = str(work_dir / 'iter_6.pth')
     if scope == 'mmdet':

@@ -135,7 +135,7 @@ def test_extras_are_what_the_requirement_files_list(metadata):
 
 def test_no_requirement_forces_a_package_family(metadata):
     unconditional = re.findall(r'^Requires-Dist: ([^;\n]+)$', metadata, re.M)
-    assert unconditional == ['torch>=2.0']
+    assert unconditional == ['torch>=2.1']
 
 
 def test_import_costs_nothing_beyond_torch_and_mmengine(tmp_path):

@@ -9,8 +9,9 @@ _base_ = [
 
 norm_cfg = dict(type='SSN')
 num_classes = 5
+crop_size = (96, 128)
 model = dict(
-    data_preprocessor=dict(size_divisor=32),
+    data_preprocessor=dict(size=crop_size),
     backbone=dict(
         type='SSNResNet',
         depth=18,
@@ -47,7 +48,7 @@ data_root = 'data/demo/cityscapes/'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomCrop', crop_size=(96, 128)),
+    dict(type='RandomCrop', crop_size=crop_size),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackSegInputs'),
 ]

@@ -137,7 +137,7 @@ def test_bad_numbers_are_named(tmp_path, argument, value):
 
 def test_missing_scikit_image(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'skimage', None)
-    with pytest.raises(ImportError, match=r"pip install 'scikit-image>=0\.22'"):
+    with pytest.raises(ImportError, match=r"pip install 'scikit-image>=0\.25'"):
         make_demo_dataset(tmp_path / 'set', **TINY)
     assert not list(tmp_path.iterdir())
 
