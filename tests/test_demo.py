@@ -36,7 +36,9 @@ def test_demo_learns(task, least, tmp_path):
         assert float(re.search(rf'{re.escape(name)}: ([\d.]+)', result.stdout)[1]) >= value
     decided, layers = re.search(r'one normalizer: (\d+) of (\d+)', result.stdout).groups()
     assert decided == layers
-    pictures = [Path(line.strip()) for line in result.stdout.splitlines() if '.png' in line]
+    pictures = [
+        Path(line.strip()) for line in result.stdout.split('\nPictures:\n')[1].split('\n')[:-1]
+    ]
     assert len(pictures) == 2
     for picture in pictures:
         with Image.open(picture) as image:
