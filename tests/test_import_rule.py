@@ -19,15 +19,15 @@ LEVEL = {
     'ops': 0,
     'functional': 1,
     'layers': 2,
-    'models': 3,
     'checkpoint': 3,
-    'deploy': 3,
-    'analysis': 3,
-    'engine': 4,
-    '__init__': 5,
+    'models': 4,
+    'deploy': 4,
+    'analysis': 4,
+    'engine': 5,
+    '__init__': 6,
 }
-TORCH_ALONE = {'ops', 'functional', 'layers'}
-HOST = {'mmengine', 'mmcv', 'mmdet', 'mmseg'}
+TORCH_ALONE = {'ops', 'functional', 'layers', 'checkpoint'}
+HOST = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'}
 MAY_IMPORT_HOST = {'models', 'engine'}
 
 

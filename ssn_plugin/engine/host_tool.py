@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
+from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.engine.preflight import (
     InputError,
     check_checkpoint,
@@ -153,7 +154,11 @@ def _work_dir(args: argparse.Namespace, config: Config) -> str:
 
 def _run(script: Path, arguments: list[str]) -> None:
     sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name='__main__')
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except CheckpointError as error:
+        # Only the built backbone shows that a file does not fill it.
+        raise InputError(str(error)) from error
 
 
 def _allow_runner_checkpoints() -> None:

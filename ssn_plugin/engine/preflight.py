@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.runner import CheckpointLoader
+
+from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.models.pretrained import load_checkpoint
 
 _HOW_TO_GET = {
     'CocoDataset': 'COCO 2017 images and annotations are at https://cocodataset.org/#download',
@@ -140,16 +142,10 @@ def check_checkpoint(name: str, path: str, advice: str = '') -> None:
     Raises:
         InputError: If there is no such file or it cannot be loaded.
     """
-    if '://' not in path and not os.path.isfile(path):
-        raise InputError(f'{name}: no such file: {path} (looked for from {os.getcwd()}){advice}')
     try:
-        CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
-    except Exception as error:
-        # Whatever unpickling or the loader of the scheme raises: no checkpoint, no network, ...
-        first_line = (str(error).splitlines() or [''])[0]
-        raise InputError(
-            f'{name}: cannot load {path}: {type(error).__name__}: {first_line}{advice}'
-        ) from error
+        load_checkpoint(path)
+    except CheckpointError as error:
+        raise InputError(f'{name}: {error}{advice}') from error
 
 
 def _pretrained(node: object, key: str) -> Iterator[tuple[str, str, str]]:

@@ -1,10 +1,12 @@
-"""Registers layers, backbone, hooks and constructor in mmengine's root registries.
+"""Registers layers, backbone, hooks and constructor in mmengine's root registries, and prefixes.
 
 The root, because that is where mmcv looks norm layers up from every codebase.
 """
 
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.runner import CheckpointLoader
 
+from ssn_plugin.engine.checkpoint_schemes import load_from_bn2ssn, load_from_sn2ssn
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
 from ssn_plugin.engine.radius_hook import SSNRadiusHook
 from ssn_plugin.engine.ratio_hook import SSNRatioHook
@@ -18,3 +20,5 @@ MODELS.register_module(name='SSNResNet', module=build_ssn_resnet)
 for _hook in (SSNRadiusHook, SSNRatioHook):
     HOOKS.register_module(module=_hook)
 OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=SSNOptimWrapperConstructor)
+CheckpointLoader.register_scheme('bn2ssn://', load_from_bn2ssn)
+CheckpointLoader.register_scheme('sn2ssn://', load_from_sn2ssn)

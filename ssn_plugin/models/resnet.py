@@ -1,28 +1,57 @@
 """SSNResNet: the host's ResNet, made that of the released SSN weights; and the choice of host."""
 
 import importlib.util
+from contextlib import nullcontext
 
+from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from ssn_plugin.checkpoint.files import weights_only
 from ssn_plugin.layers.switchable import SwitchableNorm
+from ssn_plugin.models.pretrained import check_pretrained, pretrained_entries
 
 
 class SSNResNetMixin:
-    """Turns the ResNet of mmdet or mmseg into the one the released SSN weights were trained with.
+    """Turns a host's ResNet into the one the released SSN weights were trained with.
 
     The stem pools by ``MaxPool2d(3, stride=2, padding=0, ceil_mode=True)``, one pixel off the usual
     one, and ``norm_eval`` reaches SSN, which the hosts' check for BatchNorm skips. Stages frozen by
     ``frozen_stages`` keep their ratios: ``set_radius`` leaves layers without gradient alone.
+
+    ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` must fill the whole backbone: a missing,
+    unexpected or misshapen key is an error, where mmengine logs a warning and leaves the layer
+    random. The classifier of the file (``fc``) and stages beyond ``num_stages`` are left out.
+
+    Args:
+        norm_cfg: As in the host, ``dict(type='SSN')`` unless given.
+        stem_padding: 0 for the stem pool above; 1 for that of every other ResNet, which weights
+            made with BatchNorm (``bn2ssn://``) need.
+        **kwargs: As in the host.
+
+    Raises:
+        ValueError: If ``stem_padding`` is not 0 or 1.
+        CheckpointError: By ``init_weights``, if the checkpoint cannot be read or does not match.
     """
 
-    def __init__(self, *args, norm_cfg: dict | None = None, **kwargs) -> None:
+    def __init__(
+        self, *args, norm_cfg: dict | None = None, stem_padding: int = 0, **kwargs
+    ) -> None:
+        if stem_padding not in (0, 1):
+            raise ValueError(f'stem_padding: got {stem_padding!r}, expected 0 or 1')
         norm_cfg = dict(type='SSN', requires_grad=True) if norm_cfg is None else norm_cfg
         super().__init__(*args, norm_cfg=norm_cfg, **kwargs)
+        self.stem_padding = stem_padding
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=stem_padding, ceil_mode=stem_padding == 0)
 
-    def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
-        super()._make_stem_layer(in_channels, stem_channels)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=0, ceil_mode=True)
+    def init_weights(self) -> None:
+        """As the host's, after every key of a pretrained checkpoint has been accounted for."""
+        found = [check_pretrained(self, entry) for entry in pretrained_entries(self.init_cfg)]
+        # What is loaded now has just been read without running code.
+        with weights_only(allow_pickle=True) if found else nullcontext():
+            super().init_weights()
+        for line in found:
+            print_log(line, logger='current')
 
     def train(self, mode: bool = True) -> nn.Module:
         """As the host's ResNet, with ``norm_eval`` for SSN and SN.

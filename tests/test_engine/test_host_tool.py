@@ -38,7 +38,7 @@ def test_other_scopes_are_refused(scope):
     ('arguments', 'code', 'said'),
     [
         (['tools/train.py', 'nothing.py'], 1, 'train.py: config: no such file: nothing.py'),
-        (['tools/test.py', CONFIG, 'nothing.pth'], 1, 'checkpoint: no such file: nothing.pth'),
+        (['tools/test.py', CONFIG, 'nothing.pth'], 1, 'checkpoint: nothing.pth: no such file'),
         (['tools/train.py', CONFIG, '--cfg-options', 'depth'], 2, 'expected KEY=VALUE'),
         (['tools/train.py'], 2, 'required: config'),
         # values of options are not taken for the positional arguments
@@ -46,7 +46,7 @@ def test_other_scopes_are_refused(scope):
         (
             ['tools/test.py', CONFIG, '--show-dir', 'd', 'nothing.pth'],
             1,
-            'no such file: nothing.pth',
+            'nothing.pth: no such file',
         ),
         (
             ['tools/test.py', '--out', 'a.pkl', CONFIG, 'b.pth'],

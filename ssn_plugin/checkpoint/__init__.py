@@ -1,0 +1,1 @@
+"""Checkpoint files: read them safely, tell what they are, convert, publish. Needs torch alone."""

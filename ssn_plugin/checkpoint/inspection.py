@@ -1,0 +1,106 @@
+"""What a checkpoint file is, told in lines."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ssn_plugin.checkpoint.files import (
+    CheckpointError,
+    md5_of,
+    read_checkpoint,
+    weights_entry,
+    weights_in,
+)
+from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
+from ssn_plugin.checkpoint.release import RELEASES
+from ssn_plugin.checkpoint.selection import histogram, selections
+
+
+def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, str]:
+    """Tell origin, network, norm layers, selection and contents of a checkpoint file.
+
+    Args:
+        path: The file.
+        allow_pickle: Unpickle code in it, which is then trusted.
+
+    Returns:
+        Headings and what is to be said under each, in order.
+
+    Raises:
+        CheckpointError: If the file cannot be read or holds no weights.
+    """
+    path = os.fspath(path)
+    checkpoint = read_checkpoint(path, allow_pickle)
+    weights = weights_in(checkpoint, path)
+    md5 = md5_of(path)
+    numbers = sum(value.numel() for value in weights.values())
+    report = {
+        'file': f'{path}, {os.path.getsize(path) / 1e6:.1f} MB, MD5 {md5}',
+        'origin': _origin(path, md5, checkpoint, weights),
+    }
+    try:
+        backbone, left_out = backbone_of(weights, path)
+    except CheckpointError:
+        backbone, left_out = weights, ()
+        report['network'] = f'no ResNet known here; its keys are {shown(list(weights))}'
+    else:
+        prefix = " under 'backbone.'" if 'backbone.' in next(iter(weights)) else ''
+        report['network'] = f'{describe(backbone)}{prefix}'
+    report['weights'] = f'{len(weights)} entries, {numbers / 1e6:.2f} million numbers'
+    kinds = Counter(norm_layers(backbone).values())
+    report['norm layers'] = (
+        ', '.join(f'{count} {kind}' for kind, count in kinds.most_common()) or 'none'
+    )
+    chosen = selections(backbone)
+    if kinds['SSN']:
+        # Candidates are not named in a file.
+        report['selection'] = _by_stage(chosen)
+    classifier = [key for key in weights if is_classifier(key)]
+    if classifier:
+        report['classifier'] = f'{weights[classifier[0]].shape[0]} classes'
+    others = [key for key in left_out if key not in classifier]
+    if others:
+        report['other weights'] = f'{len(others)} entries: {shown(others)}'
+    entry = weights_entry(checkpoint)
+    if entry is not None:
+        report['beside the weights'] = (
+            ', '.join(str(key) for key in checkpoint if key != entry) or 'nothing'
+        )
+    return report
+
+
+def _origin(path: str, md5: str, checkpoint: Mapping, weights: Mapping[str, Tensor]) -> str:
+    release = RELEASES.get(md5)
+    if release is not None:
+        gpus, images = release.batch
+        return (
+            f'released by the authors of SSN: {gpus} GPUs x {images} images, '
+            f'ImageNet top-1 {release.top1} %'
+        )
+    if os.path.basename(path) in {release.name for release in RELEASES.values()}:
+        return 'bears the name of a released file, but has another MD5 sum'
+    meta = checkpoint.get('meta')
+    if isinstance(meta, Mapping) and 'ssn_plugin' in meta:
+        return f'written by ssn_plugin {meta["ssn_plugin"]}: {meta.get("made_by", "published")}'
+    if isinstance(meta, Mapping) and 'mmengine_version' in meta:
+        iteration, epoch = meta.get('iter'), meta.get('epoch')
+        return f'a training of mmengine {meta["mmengine_version"]}: epoch {epoch}, iter {iteration}'
+    kinds = set(norm_layers(weights).values())
+    if 'best_prec1' in checkpoint and kinds & {'SSN', 'SN'}:
+        return "in the layout of the authors' releases, but of no released MD5 sum"
+    return 'unknown'
+
+
+def _by_stage(chosen: Mapping) -> str:
+    """One line for all layers, and one per stage."""
+    stages: dict[str, dict] = {}
+    for name, selection in chosen.items():
+        stage = name.split('.')[0] if name.startswith('layer') else 'stem'
+        stages.setdefault(stage, {})[name] = selection
+    lines = {'all': chosen, **stages}
+    return '\n'.join(
+        f'{stage:7} ' + ', '.join(f'{count} {pair}' for pair, count in histogram(selected).items())
+        for stage, selected in lines.items()
+    )

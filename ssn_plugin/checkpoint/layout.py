@@ -1,0 +1,185 @@
+"""What a state dict is: which ResNet, which norm layers, in whose names.
+
+ResNets of torchvision, timm, mmpretrain, mmdet and mmseg and of the authors' SN and SSN releases
+share most keys. What differs is the name of the norms (bn1 or sn1), the prefix ``backbone.``, the
+classifier and the deep stem:
+
+| origin | deep stem |
+|---|---|
+| mmdet, mmseg | ``stem.0`` conv, ``stem.1`` norm, ``stem.3``, ``stem.4``, ``stem.6``, ``stem.7`` |
+| mmpretrain | ``stem.0.conv``, ``stem.0.bn``, ``stem.1.conv``, ... |
+| timm | ``conv1.0`` conv, ``conv1.1`` norm, ``conv1.3``, ``conv1.4``, ``conv1.6``, ``bn1`` |
+"""
+
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ssn_plugin.checkpoint.files import CheckpointError
+
+_DEPTHS = {
+    (False, (2, 2, 2, 2)): 18,
+    (False, (3, 4, 6, 3)): 34,
+    (True, (3, 4, 6, 3)): 50,
+    (True, (3, 4, 23, 3)): 101,
+    (True, (3, 8, 36, 3)): 152,
+}
+# Classifiers: torchvision, timm and the releases; mmpretrain.
+_CLASSIFIER = re.compile(r'^(fc|head\.fc)\.(weight|bias)$')
+_BACKBONE = re.compile(r'^(conv1|(bn|sn|gn)1|stem|layer[1-4])\.')
+# Of mmpretrain's ConvModules and timm's Sequential to the Sequential of mmdet and mmseg.
+_DEEP_STEMS = (
+    (re.compile(r'^stem\.(\d)\.conv\.'), lambda found: f'stem.{3 * int(found[1])}.'),
+    (
+        re.compile(r'^stem\.(\d)\.(?:bn|sn|gn)\.'),
+        lambda found: f'stem.{3 * int(found[1]) + 1}.',
+    ),
+    (re.compile(r'^conv1\.(\d)\.'), lambda found: f'stem.{found[1]}.'),
+)
+_TIMM_LAST_STEM_NORM = re.compile(r'^(?:bn|sn|gn)1\.')
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a backbone's state dict holds.
+
+    Attributes:
+        norm: 'SSN', 'SN', 'BN', 'GN' or 'none'.
+        depth: 18, 34, 50, 101 or 152; None if the blocks are those of no ResNet known here.
+        deep_stem: Whether the stem is three 3x3 convolutions.
+        avg_down: Whether shortcuts pool before they convolve.
+        norms: Names of the norm layers.
+    """
+
+    norm: str
+    depth: int | None
+    deep_stem: bool
+    avg_down: bool
+    norms: tuple[str, ...]
+
+    def __str__(self) -> str:
+        network = f'ResNet-{self.depth}' if self.depth else 'network that is no ResNet known here'
+        variant = ['deep stem'] * self.deep_stem + ['average-pooled shortcuts'] * self.avg_down
+        with_norms = f' with {self.norm}' if self.norm != 'none' else ' without norm layers'
+        return network + with_norms + (f' ({", ".join(variant)})' if variant else '')
+
+
+def is_classifier(key: str) -> bool:
+    """Whether a key is of the classifier behind a backbone.
+
+    Args:
+        key: Key of a state dict.
+    """
+    return _CLASSIFIER.match(key) is not None
+
+
+def norm_layers(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of the norm layers of a state dict and what each is: 'SSN', 'SN', 'BN' or 'GN'.
+
+    Args:
+        state: State dict.
+    """
+    found = {}
+    for key, value in state.items():
+        name, _, last = key.rpartition('.')
+        if last != 'weight':
+            continue
+        if f'{name}.mean_weight' in state:
+            found[name] = 'SSN' if f'{name}.mean_fixed' in state else 'SN'
+        elif f'{name}.running_mean' in state:
+            found[name] = 'BN'
+        elif value.dim() == 1:
+            found[name] = 'GN'
+    return found
+
+
+def describe(state: Mapping[str, Tensor]) -> Layout:
+    """Tell what a backbone's state dict holds; see :func:`backbone_of` for whole models.
+
+    Args:
+        state: State dict with keys such as ``layer1.0.conv1.weight``.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin.checkpoint.layout import describe
+        >>> describe({'conv1.weight': torch.ones(8, 3, 7, 7)}).depth is None
+        True
+    """
+    norms = norm_layers(state)
+    first = (re.match(r'layer([1-4])\.\d+\.conv1\.weight$', key) for key in state)
+    blocks = Counter(found[1] for found in first if found)
+    stages = tuple(blocks[str(stage)] for stage in range(1, 5))
+    bottleneck = any(re.match(r'^layer[1-4]\.\d+\.conv3\.', key) for key in state)
+    kinds = Counter(norms.values())
+    return Layout(
+        norm=kinds.most_common(1)[0][0] if kinds else 'none',
+        depth=_DEPTHS.get((bottleneck, stages)),
+        deep_stem=any(key.startswith('stem.') for key in state),
+        avg_down='layer2.0.downsample.1.weight' in state
+        and state['layer2.0.downsample.1.weight'].squeeze().dim() == 4,
+        norms=tuple(norms),
+    )
+
+
+def backbone_of(
+    state: Mapping[str, Tensor], path: str
+) -> tuple[OrderedDict[str, Tensor], tuple[str, ...]]:
+    """The ResNet in a state dict, in the names of ``SSNResNet``, and the keys that are not of it.
+
+    Norms become sn1, sn2, ..., a deep stem that of mmdet and mmseg; values are not touched.
+
+    Args:
+        state: State dict of a backbone, a classifier, a detector or a segmentor.
+        path: Where it is from, for the error.
+
+    Returns:
+        The backbone's state dict, and the keys left out.
+
+    Raises:
+        CheckpointError: If there is no ResNet in it, or keys that belong to nothing known.
+    """
+    prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
+    found = OrderedDict()
+    left_out, unknown = [], []
+    for key, value in state.items():
+        if not key.startswith(prefix) or is_classifier(key):
+            left_out.append(key)
+        elif _BACKBONE.match(key.removeprefix(prefix)):
+            found[key.removeprefix(prefix)] = value
+        else:
+            unknown.append(key)
+    if not any(name.startswith('layer1.') for name in found):
+        raise CheckpointError(f'{path}: holds no ResNet: its keys are {shown(list(state))}')
+    if unknown:
+        raise CheckpointError(f'{path}: holds keys that no ResNet has: {shown(unknown)}')
+    return OrderedDict((_in_our_names(name, found), value) for name, value in found.items()), tuple(
+        left_out
+    )
+
+
+def _in_our_names(name: str, state: Mapping[str, Tensor]) -> str:
+    if 'conv1.0.weight' in state and _TIMM_LAST_STEM_NORM.match(name):
+        return _TIMM_LAST_STEM_NORM.sub('stem.7.', name)
+    for pattern, replacement in _DEEP_STEMS:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    return re.sub(r'(^|\.)(?:bn|gn)(\d)\.', r'\1sn\2.', name)
+
+
+def shown(names: list[str] | tuple[str, ...], limit: int = 3) -> str:
+    """The first names of a list, and how many more there are.
+
+    Args:
+        names: Names.
+        limit: How many to show.
+
+    Example:
+        >>> from ssn_plugin.checkpoint.layout import shown
+        >>> shown(['a', 'b', 'c', 'd', 'e'])
+        'a, b, c and 2 more'
+    """
+    more = f' and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(names[:limit]) + more

@@ -1,0 +1,81 @@
+"""What the norm layers in a state dict chose, without building the model."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssn_plugin.checkpoint.layout import norm_layers
+from ssn_plugin.functional import sparsestmax
+
+# A file does not name its candidates; these are the defaults for so many of them.
+_CANDIDATES = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
+
+
+class Selection(NamedTuple):
+    """The normalizers that one layer chose.
+
+    Attributes:
+        mean: Name, or None while the ratios are not one-hot.
+        var: As ``mean``.
+    """
+
+    mean: str | None
+    var: str | None
+
+
+def selections(state: Mapping[str, Tensor]) -> dict[str, Selection]:
+    """The choice of every SSN and SN layer of a state dict.
+
+    Candidates are taken to be IN, LN, BN and GN, as many of them as there are ratios.
+
+    Args:
+        state: State dict.
+
+    Example:
+        >>> from ssn_plugin import SSN, set_radius
+        >>> from ssn_plugin.checkpoint.selection import selections
+        >>> layer = SSN(8)
+        >>> set_radius(layer, 1.0)
+        >>> selections({f'sn1.{name}': value for name, value in layer.state_dict().items()})
+        {'sn1': Selection(mean='BN', var='BN')}
+    """
+    found = {}
+    for name, kind in norm_layers(state).items():
+        if kind in ('SSN', 'SN'):
+            found[name] = Selection(
+                *(_choice(state, f'{name}.{statistic}', kind) for statistic in ('mean', 'var'))
+            )
+    return found
+
+
+def histogram(selected: Mapping[str, Selection]) -> dict[str, int]:
+    """How many layers chose which pair, as ``{'IN': 5, 'LN/BN': 2, 'undecided': 1}``.
+
+    Args:
+        selected: Of :func:`selections`. 'LN/BN' is the mean of LN and the variance of BN.
+    """
+    names = Counter(
+        'undecided'
+        if None in selection
+        else selection.mean
+        if selection.mean == selection.var
+        else f'{selection.mean}/{selection.var}'
+        for selection in selected.values()
+    )
+    return dict(names.most_common())
+
+
+def _choice(state: Mapping[str, Tensor], name: str, kind: str) -> str | None:
+    if kind == 'SN':
+        return None  # a softmax is never one-hot
+    control = state[f'{name}_weight'].float().flatten()
+    names = _CANDIDATES.get(len(control), tuple(map(str, range(len(control)))))
+    if int(state[f'{name}_fixed']) == 0:
+        radius = state.get(f'{name.rpartition(".")[0]}.radius', torch.zeros(()))
+        control = sparsestmax(control, float(radius))
+        if control.amax() < 1:
+            return None
+    return names[int(control.argmax())]
