@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 export PIP_REQUIRE_VIRTUALENV := 1
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help setup demo demo-seg test test-fast lint format clean
+.PHONY: help setup demo demo-seg test test-fast bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -29,6 +29,11 @@ test: setup  ## the test suite; in CI with the two demo trainings, which have ta
 
 test-fast: setup  ## the test suite without what is marked slow
 	$(RUN) -m pytest -m 'not slow and not demo'
+
+bench: setup  ## the benchmarks of the CPU (10 minutes; leave the machine alone meanwhile)
+	$(RUN) benchmarks/layer.py
+	$(RUN) benchmarks/sparsestmax.py
+	$(RUN) benchmarks/training_step.py
 
 lint: setup  ## check style and formatting
 	$(RUN) -m ruff check .

@@ -51,7 +51,7 @@ def test_other_scopes_are_refused(scope):
         (
             ['tools/test.py', '--out', 'a.pkl', CONFIG, 'b.pth'],
             1,
-            'checkpoint: no such file: b.pth',
+            'checkpoint: b.pth: no such file',
         ),
     ],
 )
