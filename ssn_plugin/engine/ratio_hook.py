@@ -75,8 +75,11 @@ def importance_scalars(model: nn.Module) -> tuple[dict[str, float], dict[str, fl
             for normalizer, ratio in zip(row.normalizers, ratios, strict=True):
                 per_layer[f'ssn/{row.layer}/{statistic}/{normalizer}'] = ratio
                 by_normalizer.setdefault(normalizer, []).append(ratio)
+    radii = {row.layer: row.radius for row in rows if row.radius is not None}
+    # A frozen stage keeps the radius of its pretraining, which is that of no schedule here.
+    scheduled = [r for n, r in radii.items() if model.get_submodule(n).mean_weight.requires_grad]
     summary = {
-        'ssn_radius': max((row.radius for row in rows if row.radius is not None), default=0.0),
+        'ssn_radius': max(scheduled or radii.values(), default=0.0),
         'ssn_decided': float(sum(row.decided for row in rows)),
     }
     summary |= {f'ssn_{n}': sum(ratios) / len(ratios) for n, ratios in by_normalizer.items()}

@@ -98,6 +98,15 @@ def test_radius_is_the_largest_of_the_model():
     assert importance_scalars(model)[0]['ssn_decided'] == 2
 
 
+def test_radius_of_a_frozen_stage_does_not_count():
+    # Pretrained weights bring the radius at the end of their own schedule.
+    model = nn.Sequential(SSN(4, radius=1.0), SSN(4)).requires_grad_(False)
+    assert importance_scalars(model)[0]['ssn_radius'] == 1.0
+    model[1].requires_grad_(True)
+    set_radius(model, 0.25)
+    assert importance_scalars(model)[0]['ssn_radius'] == 0.25
+
+
 def test_layers_of_different_candidates():
     model = nn.Sequential(
         SSN(4, normalizers=('IN', 'BN')),
