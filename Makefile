@@ -1,6 +1,7 @@
 # Every target sets up what it needs; a set-up that is complete costs a fraction of a second.
 #   make test FAMILY=original      the original OpenMMLab packages, in .venv-original
 #   make setup PYTHON=python3.12   another interpreter for a new environment
+#   make test-pretrain SSN_IMAGEFOLDER=FOLDER   train on FOLDER/{train,val}/CLASS/*
 PYTHON ?= python3
 FAMILY ?= onedl
 VENV ?= $(if $(filter original,$(FAMILY)),.venv-original,.venv)
@@ -9,11 +10,11 @@ RUN := $(VENV)/bin/python
 export PIP_REQUIRE_VIRTUALENV := 1
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help setup demo demo-seg test test-fast bench lint format clean
+.PHONY: help setup demo demo-seg test test-fast test-pretrain bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 24
 
 setup:  ## create the environment and install everything (10 minutes the first time)
 	@$(PYTHON) tools/setup_env.py --venv $(VENV) --family $(FAMILY)
@@ -29,6 +30,11 @@ test: setup  ## the test suite; in CI with the two demo trainings, which have ta
 
 test-fast: setup  ## the test suite without what is marked slow
 	$(RUN) -m pytest -m 'not slow and not demo'
+
+test-pretrain:  ## set up mmpretrain in .venv-pretrain and test pre-training, with a real one
+	@$(PYTHON) tools/setup_env.py --family pretrain --extras demo test
+	.venv-pretrain/bin/python -m pytest tests/test_pretraining
+	.venv-pretrain/bin/python -m pytest tests/test_docstrings.py -k mmpretrain
 
 bench: setup  ## the benchmarks of the CPU (10 minutes; leave the machine alone meanwhile)
 	$(RUN) benchmarks/layer.py

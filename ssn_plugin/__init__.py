@@ -1,8 +1,8 @@
 """Sparse Switchable Normalization for MMDetection and MMSegmentation.
 
 ``custom_imports = dict(imports=['ssn_plugin'])`` in a config registers the layers ('SSN', 'SSN1d',
-'SSN2d', 'SSN3d', 'SN'), the backbone 'SSNResNet', the hooks 'SSNRadiusHook' and 'SSNRatioHook' and
-the constructor 'SSNOptimWrapperConstructor'.
+'SSN2d', 'SSN3d', 'SN'), the backbone 'SSNResNet', the classifier head 'DropoutLinearClsHead', the
+hooks 'SSNRadiusHook' and 'SSNRatioHook' and the constructor 'SSNOptimWrapperConstructor'.
 """
 
 from ssn_plugin.engine import registration as _registration  # noqa: F401  (registers by import)

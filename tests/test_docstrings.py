@@ -16,8 +16,11 @@ PACKAGE = Path(ssn_plugin.__file__).parent
 NEEDS = {
     'mmdet_resnet': 'mmdet',
     'mmseg_resnet': 'mmseg',
+    'mmpretrain_resnet': 'mmpretrain',
+    'mmpretrain_dropout_head': 'mmpretrain',
     'demo_data': 'skimage',
     'plots': 'matplotlib',
+    'triton_kernels': 'triton',
 }
 
 

@@ -117,6 +117,7 @@ def test_extras_are_what_the_requirement_files_list(metadata):
         'det',
         'seg',
         'original',
+        'triton',
         'demo',
         'test',
         'dev',

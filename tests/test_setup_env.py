@@ -129,10 +129,10 @@ def test_full_disk_is_refused(setup_env, monkeypatch, tmp_path):
     monkeypatch.setattr(setup_env.shutil, 'disk_usage', lambda path: usage)
     monkeypatch.setattr(setup_env.tempfile, 'gettempdir', lambda: str(tmp_path))
     monkeypatch.delenv('SSN_TORCH', raising=False)
-    [problem] = setup_env.disk_problems(tmp_path / 'not' / 'there' / 'yet')
+    [problem] = setup_env.disk_problems(tmp_path / 'not' / 'there' / 'yet', 'onedl')
     assert problem == f'{tmp_path} has 2.5 GiB of free disk, expected 9 or more'
     monkeypatch.setenv('SSN_TORCH', 'torch --index-url https://download.pytorch.org/whl/cpu')
-    assert 'expected 3 or more' in setup_env.disk_problems(tmp_path)[0]
+    assert 'expected 3 or more' in setup_env.disk_problems(tmp_path, 'onedl')[0]
 
 
 def test_all_problems_are_told_at_once(tmp_path, setup_env, monkeypatch):
@@ -150,12 +150,18 @@ def test_folder_that_is_no_environment_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('held', 'asked'), [('onedl_mmengine-0.10.12', 'original'), ('mmengine-0.10.7', 'onedl')]
+    ('held', 'asked'),
+    [
+        ('onedl_mmengine-0.10.12', 'original'),
+        ('mmengine-0.10.7', 'onedl'),
+        ('mmengine-0.10.7', 'pretrain'),
+        ('onedl_mmdetection-3.5.1', 'pretrain'),
+    ],
 )
 def test_families_are_not_mixed(tmp_path, held, asked):
     (make_venv(tmp_path / 'venv') / f'{held}.dist-info').mkdir()
     result = run(SCRIPT, '--venv', tmp_path / 'venv', '--family', asked)
-    assert_refused(result, 'holds the other family')
+    assert_refused(result, 'holds another family', held.split('-')[0])
 
 
 def test_unbalanced_quotes_in_ssn_torch(tmp_path):
@@ -163,14 +169,32 @@ def test_unbalanced_quotes_in_ssn_torch(tmp_path):
     assert_refused(result, 'SSN_TORCH', 'expected arguments of pip install')
 
 
+def test_torch_without_torchvision_is_refused_for_pretraining(tmp_path, setup_env, monkeypatch):
+    arguments = ['--venv', tmp_path / 'venv', '--family', 'pretrain']
+    result = run(SCRIPT, *arguments, SSN_TORCH='torch==2.14.1')
+    assert_refused(result, "SSN_TORCH is 'torch==2.14.1'", 'expected torchvision in it')
+    assert not (tmp_path / 'venv').exists()
+    monkeypatch.setenv('SSN_TORCH', 'torch==2.14.1 torchvision==0.29.1')
+    assert setup_env.torch_requirement('pretrain') == ['torch==2.14.1', 'torchvision==0.29.1']
+
+
+def test_pretraining_needs_no_compiler(tmp_path, setup_env, monkeypatch):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    setup_env.check_machine(tmp_path / 'venv', 'pretrain')
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(setup_env.shutil, 'disk_usage', lambda path: usage)
+    with pytest.raises(setup_env.SetupError, match='free disk'):
+        setup_env.check_machine(tmp_path / 'venv', 'pretrain')
+
+
 # ---- the stamp
 
 
 @pytest.fixture
 def complete(setup_env, tmp_path):
-    """An environment that looks complete, with mmcv and ssn_plugin to be found in it."""
+    """An environment that looks complete, with what counts to be found in it."""
     site_packages = make_venv(tmp_path / 'venv')
-    for name in ('mmcv', 'ssn_plugin'):
+    for name in ('mmcv', 'mmdet', 'mmseg', 'ssn_plugin'):
         (site_packages / f'{name}.py').write_text('')
     (tmp_path / 'venv' / setup_env.STAMP).write_text(
         setup_env.fingerprint('onedl', setup_env.EXTRAS)
@@ -188,9 +212,10 @@ def test_complete_environment_takes_no_time(complete):
 
 def test_stamp_does_not_vouch_for_a_package_that_is_gone(setup_env, complete):
     wanted = setup_env.fingerprint('onedl', setup_env.EXTRAS)
-    assert setup_env.is_current(complete, wanted)
+    assert setup_env.is_current(complete, 'onedl', wanted)
+    assert not setup_env.is_current(complete, 'pretrain', wanted)  # no mmpretrain
     next(complete.glob('lib/python*/site-packages/mmcv.py')).unlink()
-    assert not setup_env.is_current(complete, wanted)
+    assert not setup_env.is_current(complete, 'onedl', wanted)
 
 
 def test_fingerprint_follows_everything_that_decides(checkout, monkeypatch):
@@ -202,7 +227,8 @@ def test_fingerprint_follows_everything_that_decides(checkout, monkeypatch):
         command = [sys.executable, '-c', code, checkout / 'tools' / 'setup_env.py', family, *extras]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    seen = [fingerprint(), fingerprint(family='original'), fingerprint(extras=('test', 'dev'))]
+    seen = [fingerprint(family=family) for family in ('onedl', 'original', 'pretrain')]
+    seen.append(fingerprint(extras=('test', 'dev')))
     monkeypatch.setenv('SSN_TORCH', 'torch==2.12.0')
     seen.append(fingerprint())
     monkeypatch.delenv('SSN_TORCH')
@@ -357,3 +383,30 @@ def test_ops_that_do_not_work_are_built_again(setup_env, monkeypatch, tmp_path):
     assert calls[2][-1].startswith('onedl-mmcv==')
     assert calls[2][-1] in pins
     assert {'--force-reinstall', '--no-deps', '--no-build-isolation'} < set(calls[2])
+
+
+def test_mmcv_without_ops_never_meets_the_cache(setup_env, monkeypatch, tmp_path):
+    """Neither does pip keep it for the other families, nor does it take theirs."""
+    calls = []
+    env = setup_env.Environment(tmp_path, 'pretrain', [], None)
+    monkeypatch.setattr(env, 'pip', lambda *arguments: calls.append(arguments))
+    env.install_family()
+    alone, others = calls
+    assert alone[-1].startswith('onedl-mmcv==')
+    assert {'--no-cache-dir', '--no-deps'} < set(alone)
+    assert '--no-build-isolation' not in alone  # or the build would see torch and compile
+    assert others == ('install', '-r', str(ROOT / 'requirements' / 'pretrain.txt'))
+
+
+def test_host_packages_of_the_families_agree(setup_env):
+    """One release of mmengine and mmcv serves detection, segmentation and pre-training."""
+
+    def pins(name):
+        lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
+        return {line.split('==')[0]: line.split()[0] for line in lines if '==' in line}
+
+    onedl, pretrain = pins('onedl'), pins('pretrain')
+    assert {'onedl-mmengine', 'onedl-mmcv', 'numpy', 'opencv-python'} <= onedl.keys()
+    for name in onedl.keys() & pretrain.keys():
+        assert onedl[name] == pretrain[name]
+    assert set(setup_env.FAMILIES) == {'onedl', 'original', 'pretrain'}

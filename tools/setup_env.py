@@ -3,12 +3,15 @@
 
     python3 tools/setup_env.py                      # .venv, the maintained onedl packages
     python3 tools/setup_env.py --family original    # .venv-original, mmcv 2.1.0 and its kin
+    python3 tools/setup_env.py --family pretrain    # .venv-pretrain, mmpretrain and torchvision
 
 It may be stopped at any moment and run again; when nothing changed it returns within a second.
 The versions are in requirements/*.txt. torch comes from the package index, which on Linux serves
 the CUDA build (2.6 GB to download). For another one set SSN_TORCH to what pip should install:
 
     SSN_TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' make setup
+
+For the family pretrain it has to name torchvision too.
 
 Whoever has an environment with torch and mmcv already needs nothing of this:
 activate it and run "pip install --no-build-isolation --no-deps -e .".
@@ -33,15 +36,36 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENVS = {'onedl': '.venv', 'original': '.venv-original'}
-MMCV = {'onedl': 'onedl-mmcv', 'original': 'mmcv'}
+
+
+# Of a family:
+# - its folder, and what that takes in GiB: (in itself, in the temporary folder); measured 5.5 and
+#   2.6 with the CUDA build of torch, 6.0 with torchvision and mmpretrain;
+# - the requirement file with its torch, the distribution that is its mmcv, and whether it needs
+#   mmcv's ops;
+# - what has to be importable in the end, and the distributions that tell that an environment
+#   belongs to another family.
+Family = collections.namedtuple('Family', 'venv disk torch mmcv ops imports foreign')
+FAMILIES = {
+    'onedl': Family('.venv', (6, 3), 'torch', 'onedl-mmcv', True, ['mmdet', 'mmseg'], ['mmengine']),
+    'original': Family(
+        '.venv-original', (6, 3), 'torch', 'mmcv', True, ['mmdet', 'mmseg'], ['onedl_mmengine']
+    ),
+    'pretrain': Family(
+        '.venv-pretrain',
+        (7, 3),
+        'torchvision',
+        'onedl-mmcv',
+        False,
+        ['mmpretrain', 'torchvision'],
+        ['mmengine', 'onedl_mmdetection', 'onedl_mmsegmentation'],
+    ),
+}
+DISK_CPU = (2, 1)  # measured 1.8 and 0.3 with the CPU build of torch
+
 EXTRAS = ['demo', 'test', 'dev']
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)  # the pinned numpy has wheels for these
 STAMP, LOCK = 'setup.stamp', 'setup.lock'
-
-# What a fresh environment needs in GiB: (in the environment, in the temporary folder); measured
-# 5.5 and 2.6 with the CUDA build of torch, 1.8 and 0.3 with the CPU build.
-DISK_CUDA, DISK_CPU = (6, 3), (2, 1)
 
 # mmcv installs without complaint when its ops were not compiled, or were compiled for another
 # torch or without CUDA; only a call shows it.
@@ -67,7 +91,7 @@ class SetupError(Exception):
     """Something that the user has to mend, said in one line."""
 
 
-def torch_requirement() -> list:
+def torch_requirement(family: str) -> list:
     """Return the arguments that make pip install torch."""
     text = os.environ.get('SSN_TORCH', '')
     try:
@@ -76,12 +100,16 @@ def torch_requirement() -> list:
         raise SetupError(
             f'SSN_TORCH is {text!r}, expected arguments of pip install: {error}'
         ) from None
-    return given or ['-r', str(ROOT / 'requirements' / 'torch.txt')]
+    wanted = FAMILIES[family].torch
+    if wanted == 'torchvision' and given and wanted not in text:
+        raise SetupError(f'SSN_TORCH is {text!r}, expected {wanted} in it for --family {family}')
+    return given or ['-r', str(ROOT / 'requirements' / f'{wanted}.txt')]
 
 
 def fingerprint(family: str, extras: list) -> str:
     """Hash everything that decides what is installed."""
-    digest = hashlib.sha256(repr([str(ROOT), family, extras, torch_requirement()]).encode())
+    torch = torch_requirement(family)
+    digest = hashlib.sha256(repr([str(ROOT), family, extras, torch]).encode())
     files = sorted((ROOT / 'requirements').glob('*.txt'))
     for path in [*files, ROOT / 'setup.py', Path(__file__).resolve()]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -97,14 +125,13 @@ def run_python(venv: Path, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, 1, '', str(error))
 
 
-def is_current(venv: Path, wanted: str) -> bool:
+def is_current(venv: Path, family: str, wanted: str) -> bool:
     """Tell whether the environment was completed with this fingerprint and still works."""
     stamp = venv / STAMP
     if not stamp.is_file() or stamp.read_text() != wanted:
         return False
-    probe = (
-        'from importlib.util import find_spec as find; assert find("mmcv") and find("ssn_plugin")'
-    )
+    names = ['mmcv', 'ssn_plugin', *FAMILIES[family].imports]
+    probe = f'from importlib.util import find_spec; assert all(map(find_spec, {names}))'
     return run_python(venv, '-I', '-c', probe).returncode == 0
 
 
@@ -137,9 +164,9 @@ def venv_problems(venv: Path, family: str) -> list:
             if {path.name for path in venv.iterdir()} - known:
                 found.append(f'{venv} is not a virtual environment: choose another --venv')
         return found
-    other = 'mmengine' if family == 'onedl' else 'onedl_mmengine'
-    if any(venv.glob(f'lib/python*/site-packages/{other}-*.dist-info')):
-        return [f'{venv} holds the other family, with the same import names: choose another --venv']
+    for other in FAMILIES[family].foreign:
+        if any(venv.glob(f'lib/python*/site-packages/{other}-*.dist-info')):
+            return [f'{venv} holds another family ({other}): choose another --venv']
     return python_problems(version, f'{venv}/bin/python')
 
 
@@ -161,10 +188,11 @@ def build_problems() -> list:
     return found
 
 
-def disk_problems(venv: Path) -> list:
+def disk_problems(venv: Path, family: str) -> list:
     """Return the places with too little room for a fresh environment."""
     home = next(path for path in [venv, *venv.parents] if path.exists())
-    needed = DISK_CPU if 'cpu' in os.environ.get('SSN_TORCH', '') else DISK_CUDA
+    on_cpu = 'cpu' in os.environ.get('SSN_TORCH', '')
+    needed = DISK_CPU if on_cpu else FAMILIES[family].disk
     places = dict(zip([home, Path(tempfile.gettempdir())], needed, strict=True))
     if len({place.stat().st_dev for place in places}) == 1:
         places = {home: sum(needed)}
@@ -179,8 +207,9 @@ def disk_problems(venv: Path) -> list:
 def check_machine(venv: Path, family: str) -> None:
     """Raise SetupError with all that is missing, before anything is written."""
     problems = venv_problems(venv, family)
-    if not any(venv.glob('lib/python*/site-packages/mmcv/_ext*')):
-        problems += build_problems() + disk_problems(venv)
+    ops = FAMILIES[family].ops
+    if not any(venv.glob('lib/python*/site-packages/mmcv/' + ('_ext*' if ops else 'ops'))):
+        problems += (build_problems() if ops else []) + disk_problems(venv, family)
     if problems:
         raise SetupError('; '.join(problems))
 
@@ -242,15 +271,17 @@ class Environment:
 
     def build(self) -> None:
         """Carry out all steps; each is quick where its work is done already."""
+        mmcv = (
+            'building mmcv with ops, about 7 minutes on 2 cores the first time, less than one when '
+            'pip has kept it'
+            if FAMILIES[self.family].ops
+            else 'mmcv without ops'
+        )
         steps = [
             (f'virtual environment {self.venv}', self.create),
             ('build tools', lambda: self.install('build')),
             ('torch: a minute or more, by the network', self.install_torch),
-            (
-                f'{self.family} packages: building mmcv with ops, about 7 minutes on 2 cores the '
-                'first time, less than one when pip has kept it',
-                self.install_family,
-            ),
+            (f'{self.family} packages: {mmcv}', self.install_family),
             (f'extras: {" ".join(self.extras)}', lambda: self.install(*self.extras)),
             ('ssn_plugin', self.install_project),
         ]
@@ -310,27 +341,34 @@ class Environment:
 
     def install_torch(self) -> None:
         """Install torch, before mmcv because mmcv is compiled against it."""
-        self.pip('install', *torch_requirement())
+        self.pip('install', *torch_requirement(self.family))
 
     def install_family(self) -> None:
-        """Install the host framework, mmcv with its ops."""
+        """Install the host framework, mmcv with its ops where they are needed."""
         pins = ROOT / 'requirements' / f'{self.family}.txt'
+        name = FAMILIES[self.family].mmcv
+        lines = pins.read_text().splitlines()
+        mmcv = next(line for line in lines if line.startswith(name)).split()[0]
+        if not FAMILIES[self.family].ops:
+            # An isolated build sees no torch, so it compiles none. pip must not keep the result,
+            # or give what it has kept: a build for the torch of another family.
+            self.pip('install', '--no-cache-dir', '--no-deps', mmcv)
+            self.pip('install', '-r', str(pins))
+            return
         self.pip('install', '--no-build-isolation', '-r', str(pins))
         if run_python(self.venv, '-c', OPS_CHECK).returncode == 0:
             return
         print('mmcv came without ops that work: building it again, about 7 minutes', flush=True)
-        name = MMCV[self.family]
-        pin = next(line for line in pins.read_text().splitlines() if line.startswith(name))
         with contextlib.suppress(SetupError):  # pip calls it an error when it has kept nothing
             self.pip('cache', 'remove', name.replace('-', '_'))
-        again = ['--no-build-isolation', '--no-deps', '--force-reinstall', pin.split()[0]]
+        again = ['--no-build-isolation', '--no-deps', '--force-reinstall', mmcv]
         self.pip('install', *again)
         self.check(OPS_CHECK)
 
     def install_project(self) -> None:
         """Install this repository so that its files are used in place."""
         self.pip('install', '--no-build-isolation', '--no-deps', '-e', '.')
-        self.check('import mmdet, mmseg')
+        self.check(f'import {", ".join(FAMILIES[self.family].imports)}')
 
     def check(self, code: str) -> None:
         """Raise SetupError with the last line of the traceback if the code fails."""
@@ -344,12 +382,12 @@ def set_up(venv: Path, family: str, extras: list) -> None:
     """Bring the environment to the state that the requirement files describe."""
     started = time.time()
     wanted = fingerprint(family, extras)
-    if is_current(venv, wanted):
+    if is_current(venv, family, wanted):
         print(f'{venv} is up to date')
         return
     check_machine(venv, family)
     with locked(venv) as lock:
-        if not is_current(venv, wanted):  # it is where the holder of the lock did the work
+        if not is_current(venv, family, wanted):  # it is where the holder of the lock did the work
             (venv / STAMP).unlink(missing_ok=True)
             Environment(venv, family, extras, lock).build()
             (venv / STAMP).write_text(wanted)
@@ -361,7 +399,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--venv', type=Path, help='folder of the environment')
-    parser.add_argument('--family', choices=sorted(VENVS), default='onedl')
+    parser.add_argument('--family', choices=sorted(FAMILIES), default='onedl')
     parser.add_argument('--extras', nargs='+', choices=EXTRAS, default=EXTRAS)
     args = parser.parse_args()
     try:
@@ -370,7 +408,8 @@ def main() -> int:
             problems = ['Windows is not supported: use its subsystem for Linux']
         if problems:
             raise SetupError('; '.join(problems))
-        set_up((args.venv or ROOT / VENVS[args.family]).absolute(), args.family, args.extras)
+        venv = args.venv or ROOT / FAMILIES[args.family].venv
+        set_up(venv.absolute(), args.family, args.extras)
     except (SetupError, OSError) as error:
         print(f'setup_env: {error}', file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: check the inputs, then run mmdet's or mmseg's own script."""
+"""Evaluate a checkpoint: check the inputs, then run mmdet's, mmseg's or mmpretrain's script."""
 
 import argparse
 import sys

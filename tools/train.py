@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor: check the inputs, then run mmdet's or mmseg's own script."""
+"""Train a config of mmdet, mmseg or mmpretrain: check the inputs, then run their own script."""
 
 import argparse
 import sys

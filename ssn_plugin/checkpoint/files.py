@@ -1,6 +1,7 @@
 """Reads checkpoint files without running code in them, and writes them whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -21,7 +22,7 @@ class CheckpointError(ValueError):
 
 
 class _Ignored:
-    """Stands for what a checkpoint holds beside weights, so that nothing of it is ever called."""
+    """Base of what stands for things beside weights, so that nothing of them is ever called."""
 
     def __init__(self, *args: object) -> None:
         pass
@@ -43,6 +44,11 @@ _BESIDE_WEIGHTS = (
     'numpy.ndarray',
     'numpy.dtype',
 )
+# A class for each, under its name: torch 2.5 takes no pairs of a class and a name.
+_STAND_INS = [
+    type(name.rpartition('.')[2], (_Ignored,), {'__module__': name.rpartition('.')[0]})
+    for name in _BESIDE_WEIGHTS
+]
 
 
 @contextlib.contextmanager
@@ -53,21 +59,21 @@ def weights_only(allow_pickle: bool = False) -> Iterator[None]:
     ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``.
 
     Args:
-        allow_pickle: Change nothing: trust the file. ``SSN_ALLOW_PICKLE=1`` in the environment does
-            the same.
+        allow_pickle: Trust the file. ``SSN_ALLOW_PICKLE=1`` in the environment does the same.
     """
     if allow_pickle or os.environ.get(ALLOW_PICKLE, '0') not in ('', '0'):
-        with _environment({'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'}):
+        with _environment(
+            {'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD': None}
+        ):
             yield
         return
-    names = [(_Ignored, name) for name in _BESIDE_WEIGHTS]
     # Older torch has no list of the kind: there a file with log histories is refused.
     allow = getattr(torch.serialization, 'safe_globals', contextlib.nullcontext)
     with (
         _environment(
             {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': None}
         ),
-        allow(names),
+        allow(_STAND_INS),
     ):
         yield
 
@@ -98,18 +104,23 @@ def explain_load_error(path: str, error: Exception) -> CheckpointError:
         error: What was raised.
     """
     text = ' '.join(str(error).split())
-    wanted = re.search(r'GLOBAL (\S+)', text)
+    # A text whose first letter means such an instruction names no type, or one of several words.
+    wanted = re.search(r'GLOBAL ([\w.]*\w) (was|whose)', text)
     if isinstance(error, pickle.UnpicklingError) and wanted:
         return CheckpointError(
             f'{path}: refused, because reading it would run code: it holds a pickled {wanted[1]} '
             f'and not weights alone; if you trust it, set {ALLOW_PICKLE}=1 or give a tool '
             '--allow-pickle'
         )
-    if 'invalid load key' in text or 'Unsupported operand' in text:
+    if 'invalid load key' in text or 'Unsupported operand' in text or 'GLOBAL' in text:
         return CheckpointError(f'{path}: not a checkpoint of torch')
-    if isinstance(error, EOFError) or 'central directory' in text or 'unexpected EOF' in text:
-        return CheckpointError(f'{path}: truncated, or not a checkpoint of torch')
-    return CheckpointError(f'{path}: cannot be read: {type(error).__name__}: {text[:200]}')
+    said = f'{type(error).__name__}: {text[:200]}'.removesuffix(': ')
+    # A file that ends early makes readers of zip, pickle and storages fail in ways of their own;
+    # seeking before its beginning is one.
+    of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
+    if isinstance(error, EOFError) or not (of_disk or '://' in path):
+        return CheckpointError(f'{path}: truncated, or not a checkpoint of torch ({said})')
+    return CheckpointError(f'{path}: cannot be read: {said}')
 
 
 def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict:
@@ -127,6 +138,8 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
             code to be unpickled.
     """
     path = os.fspath(path)
+    if os.path.isdir(path):
+        raise CheckpointError(f'{path}: is a folder, expected a checkpoint file')
     if not os.path.isfile(path):
         raise CheckpointError(f'{path}: no such file (looked for from {os.getcwd()})')
     with weights_only(allow_pickle):
@@ -211,8 +224,12 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool 
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-        if isinstance(error, OSError | RuntimeError):  # a full disk reaches us as either
-            reason = getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]
+        # The zip writer raises a RuntimeError of its own over what the disk said.
+        cause = error
+        while isinstance(cause, RuntimeError) and cause.__context__ is not None:
+            cause = cause.__context__
+        if isinstance(error, OSError | RuntimeError):
+            reason = getattr(cause, 'strerror', None) or ' '.join(str(error).split())[:200]
             raise CheckpointError(f'{path}: cannot be written: {reason}') from error
         raise
 

@@ -9,6 +9,9 @@ classifier and the deep stem:
 | mmdet, mmseg | ``stem.0`` conv, ``stem.1`` norm, ``stem.3``, ``stem.4``, ``stem.6``, ``stem.7`` |
 | mmpretrain | ``stem.0.conv``, ``stem.0.bn``, ``stem.1.conv``, ... |
 | timm | ``conv1.0`` conv, ``conv1.1`` norm, ``conv1.3``, ``conv1.4``, ``conv1.6``, ``bn1`` |
+
+Where shortcuts pool before they convolve, the convolution is ``downsample.1``; in mmpretrain it
+stays ``downsample.0`` in stages of stride one, which have nothing to pool.
 """
 
 import re
@@ -109,8 +112,8 @@ def describe(state: Mapping[str, Tensor]) -> Layout:
         True
     """
     norms = norm_layers(state)
-    first = (re.match(r'layer([1-4])\.\d+\.conv1\.weight$', key) for key in state)
-    blocks = Counter(found[1] for found in first if found)
+    places = (re.match(r'layer([1-4])\.(\d+)\.', key) for key in state)
+    blocks = Counter(stage for stage, _ in {place.groups() for place in places if place})
     stages = tuple(blocks[str(stage)] for stage in range(1, 5))
     bottleneck = any(re.match(r'^layer[1-4]\.\d+\.conv3\.', key) for key in state)
     kinds = Counter(norms.values())
@@ -118,10 +121,14 @@ def describe(state: Mapping[str, Tensor]) -> Layout:
         norm=kinds.most_common(1)[0][0] if kinds else 'none',
         depth=_DEPTHS.get((bottleneck, stages)),
         deep_stem=any(key.startswith('stem.') for key in state),
-        avg_down='layer2.0.downsample.1.weight' in state
-        and state['layer2.0.downsample.1.weight'].squeeze().dim() == 4,
+        avg_down=_pools_before(state, 'layer2.0.downsample'),
         norms=tuple(norms),
     )
+
+
+def _pools_before(state: Mapping[str, Tensor], shortcut: str) -> bool:
+    """Whether a shortcut is pool, convolution, norm and not convolution, norm."""
+    return f'{shortcut}.2.weight' in state
 
 
 def backbone_of(
@@ -145,7 +152,7 @@ def backbone_of(
     found = OrderedDict()
     left_out, unknown = [], []
     for key, value in state.items():
-        if not key.startswith(prefix) or is_classifier(key):
+        if not key.startswith(prefix) or is_classifier(key.removeprefix(prefix)):
             left_out.append(key)
         elif _BACKBONE.match(key.removeprefix(prefix)):
             found[key.removeprefix(prefix)] = value
@@ -155,9 +162,15 @@ def backbone_of(
         raise CheckpointError(f'{path}: holds no ResNet: its keys are {shown(list(state))}')
     if unknown:
         raise CheckpointError(f'{path}: holds keys that no ResNet has: {shown(unknown)}')
-    return OrderedDict((_in_our_names(name, found), value) for name, value in found.items()), tuple(
-        left_out
-    )
+    pools = _pools_before(found, 'layer2.0.downsample')
+    named = OrderedDict()
+    for name, value in found.items():
+        shortcut, below, rest = name.partition('.downsample.')
+        if below and pools and not _pools_before(found, shortcut + '.downsample'):
+            # mmpretrain has no pool of stride one in its place.
+            name = f'{shortcut}{below}{int(rest[0]) + 1}{rest[1:]}'
+        named[_in_our_names(name, found)] = value
+    return named, tuple(left_out)
 
 
 def _in_our_names(name: str, state: Mapping[str, Tensor]) -> str:

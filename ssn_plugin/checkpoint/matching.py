@@ -18,8 +18,9 @@ def check_match(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: s
     """Account for every key of a backbone and of the file it is to be filled from.
 
     Left alone are the file's classifier, the stages a shorter backbone does not have, and
-    ``num_batches_tracked``, which files of the authors' release do not count. A shape counts as the
-    same when it differs in dimensions of size one: the release keeps (1, C, 1, 1).
+    ``num_batches_tracked``, which files of the authors' release do not count. The shape of what a
+    norm holds counts as the same when it differs in dimensions of size one: the release keeps
+    (1, C, 1, 1).
 
     Args:
         own: The backbone's state dict.
@@ -42,7 +43,7 @@ def check_match(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: s
     misshapen = [
         f'{key} is {list(loaded[key].shape)}, expected {list(own[key].shape)}'
         for key in own
-        if key in loaded and _squeezed(own[key]) != _squeezed(loaded[key])
+        if key in loaded and not _same_shape(own[key], loaded[key])
     ]
     if not (missing or unexpected or misshapen):
         return
@@ -58,8 +59,10 @@ def check_match(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: s
     )
 
 
-def _squeezed(tensor: Tensor) -> list[int]:
-    return [size for size in tensor.shape if size != 1]
+def _same_shape(own: Tensor, loaded: Tensor) -> bool:
+    if own.dim() > 1:  # a convolution
+        return own.shape == loaded.shape
+    return [size for size in own.shape if size != 1] == [size for size in loaded.shape if size != 1]
 
 
 def _reason(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: str) -> str:

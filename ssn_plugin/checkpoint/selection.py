@@ -18,7 +18,7 @@ class Selection(NamedTuple):
     """The normalizers that one layer chose.
 
     Attributes:
-        mean: Name, or None while the ratios are not one-hot.
+        mean: Name or number, or None while the ratios are not one-hot.
         var: As ``mean``.
     """
 
@@ -29,7 +29,8 @@ class Selection(NamedTuple):
 def selections(state: Mapping[str, Tensor]) -> dict[str, Selection]:
     """The choice of every SSN and SN layer of a state dict.
 
-    Candidates are taken to be IN, LN, BN and GN, as many of them as there are ratios.
+    Candidates are taken to be IN, LN, BN and GN, as many of them as there are ratios. Where the
+    running statistics show that they are not, choices are numbers.
 
     Args:
         state: State dict.
@@ -71,10 +72,14 @@ def histogram(selected: Mapping[str, Selection]) -> dict[str, int]:
 def _choice(state: Mapping[str, Tensor], name: str, kind: str) -> str | None:
     if kind == 'SN':
         return None  # a softmax is never one-hot
+    layer = name.rpartition('.')[0]
     control = state[f'{name}_weight'].float().flatten()
-    names = _CANDIDATES.get(len(control), tuple(map(str, range(len(control)))))
+    names = _CANDIDATES.get(len(control), ())
+    # Two candidates with running statistics are others than IN and LN.
+    if ('BN' in names) < (f'{layer}.running_mean' in state) or not names:
+        names = tuple(map(str, range(len(control))))
     if int(state[f'{name}_fixed']) == 0:
-        radius = state.get(f'{name.rpartition(".")[0]}.radius', torch.zeros(()))
+        radius = state.get(f'{layer}.radius', torch.zeros(()))
         control = sparsestmax(control, float(radius))
         if control.amax() < 1:
             return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssn_plugin.checkpoint.files import CheckpointError
-from ssn_plugin.checkpoint.layout import backbone_of, norm_layers
+from ssn_plugin.checkpoint.layout import backbone_of, norm_layers, shown
 from ssn_plugin.functional import check_normalizers
 
 BN_RATIO = 0.9
@@ -67,6 +67,13 @@ def batch_norm_to_ssn(
     if set(kinds.values()) != {'BN'}:
         held = ' and '.join(sorted(set(kinds.values()))) or 'no norm'
         raise CheckpointError(f'{path}: holds {held} layers, expected BatchNorm layers alone')
+    statistics = (key.rpartition('.') for key in state)
+    layers = {name for name, _, last in statistics if last in ('running_mean', 'running_var')}
+    wanted = ('weight', 'bias', 'running_mean', 'running_var')
+    missing = [f'{name}.{key}' for name in sorted(layers) for key in wanted]
+    missing = [key for key in missing if key not in state]
+    if missing:
+        raise CheckpointError(f'{path}: lacks {shown(missing)} (sn is for bn here)')
     converted = OrderedDict()
     for key, value in state.items():
         converted[key] = value

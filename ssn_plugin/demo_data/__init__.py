@@ -1,4 +1,4 @@
-"""A small instance and semantic segmentation data set made of scikit-image's photographs.
+"""Small data sets for all three tasks, made of scikit-image's photographs.
 
 Needs NumPy, Pillow and scikit-image; nothing here imports mmdet or mmseg, and `import ssn_plugin`
 does not import this package.
@@ -6,5 +6,13 @@ does not import this package.
 
 from ssn_plugin.demo_data.classes import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
 from ssn_plugin.demo_data.dataset import make_demo_dataset
+from ssn_plugin.demo_data.image_folder import make_image_folder
 
-__all__ = ['CLASSES', 'PALETTE', 'SEG_CLASSES', 'SEG_PALETTE', 'make_demo_dataset']
+__all__ = [
+    'CLASSES',
+    'PALETTE',
+    'SEG_CLASSES',
+    'SEG_PALETTE',
+    'make_demo_dataset',
+    'make_image_folder',
+]

@@ -1,21 +1,21 @@
 """Build the demo data set: compose all scenes, write them in three layouts, move into place."""
 
 import io
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 
+from ssn_plugin.demo_data.output_folder import (
+    check_integer,
+    folder_moved_into_place,
+    is_there,
+    library_versions,
+    write_record,
+)
 from ssn_plugin.demo_data.readme import readme
 
-# Written last; a folder that has it is a finished demo data set.
-RECORD_FILE = 'demo_data.json'
 # Raised whenever the same settings give other files.
 _GENERATOR = 1
 _JPEG_OPTIONS = {'quality': 92, 'subsampling': 0}
@@ -59,10 +59,10 @@ def make_demo_dataset(
         >>> make_demo_dataset("data/demo", num_train=40, num_val=8)  # doctest: +SKIP
         True
     """
-    _check_integer('num_train', num_train, 1, 100_000)
-    _check_integer('num_val', num_val, 1, 100_000)
-    _check_integer('size', size, 96, 320)
-    _check_integer('seed', seed, 0, 2**63 - 1)
+    check_integer('num_train', num_train, 1, 100_000)
+    check_integer('num_val', num_val, 1, 100_000)
+    check_integer('size', size, 96, 320)
+    check_integer('seed', seed, 0, 2**63 - 1)
     if size % 32:
         raise ValueError(f'size must be a multiple of 32, got {size}')
     out = Path(out).expanduser().resolve()
@@ -73,67 +73,13 @@ def make_demo_dataset(
         'seed': seed,
         'generator': _GENERATOR,
     }
-    if _is_there(out, settings, overwrite):
+    if is_there(out, settings, overwrite):
         return False
-    with _folder_moved_into_place(out) as folder:
+    with folder_moved_into_place(out) as folder:
         _write_scenes(folder, settings, progress)
-        versions = {name: version(name) for name in ('numpy', 'pillow', 'scikit-image')}
-        (folder / 'README.md').write_text(readme(settings, versions))
-        record = {'settings': settings, 'versions': versions}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + '\n')
+        (folder / 'README.md').write_text(readme(settings, library_versions()))
+        write_record(folder, settings)
     return True
-
-
-def _check_integer(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f'{name} must be an integer from {low} to {high}, got {value!r}')
-
-
-def _is_there(out: Path, settings: dict[str, int], overwrite: bool) -> bool:
-    """Whether `out` is this data set already; raises if it must not be written to."""
-    if not out.exists():
-        return False
-    if not out.is_dir():
-        raise FileExistsError(f'{out} is a file; give the name of a folder')
-    if not any(out.iterdir()):
-        return False
-    try:
-        found = json.loads((out / RECORD_FILE).read_text())['settings']
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FileExistsError(
-            f'{out} is not empty and holds no demo data set; give another folder'
-        ) from None
-    if found == settings:
-        return True
-    if not overwrite:
-        raise FileExistsError(
-            f'{out} holds a demo data set with other settings {found}; '
-            'replace it with overwrite (--overwrite), or give another folder'
-        )
-    return False
-
-
-@contextmanager
-def _folder_moved_into_place(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place on success and vanishes on failure."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
-    except OSError as error:
-        raise OSError(f'cannot write to {out.parent}: {error.strerror}') from error
-    try:
-        folder = workspace / 'new'
-        folder.mkdir()
-        yield folder
-        if out.exists():
-            out.rename(workspace / 'old')
-        folder.rename(out)
-    except BaseException:
-        if (workspace / 'old').exists() and not out.exists():
-            (workspace / 'old').rename(out)
-        raise
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _write_scenes(

@@ -87,7 +87,7 @@ def compose_scene(
         candidates = [cutout for cutout in cutouts if cutout.label == label]
         cutout = candidates[rng.integers(len(candidates))]
         side = rng.uniform(*_OBJECT_SIDE) * width
-        colour, alpha = _pose(cutout, side, rng)
+        colour, alpha = pose(cutout, side, rng)
         for _ in range(_PLACEMENT_TRIALS):
             top = rng.integers(height - alpha.shape[0] + 1)
             left = rng.integers(width - alpha.shape[1] + 1)
@@ -115,8 +115,17 @@ def compose_scene(
     )
 
 
-def _pose(cutout: Cutout, side: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The cut-out turned, mirrored, scaled and relit: colour (h, w, 3), coverage (h, w)."""
+def pose(cutout: Cutout, side: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A cut-out turned, mirrored, scaled and relit.
+
+    Args:
+        cutout: the object.
+        side: longer side of the result in pixels.
+        rng: draws the rest.
+
+    Returns:
+        Colour, float (h, w, 3), and coverage from 0 to 1, float (h, w).
+    """
     image = Image.fromarray(cutout.rgba)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 
 from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.engine.class_folders import check_class_folders
 from ssn_plugin.engine.preflight import (
     InputError,
     check_checkpoint,
@@ -22,22 +23,24 @@ from ssn_plugin.engine.preflight import (
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection (or mmdet)',
     'mmseg': 'onedl-mmsegmentation (or mmsegmentation)',
+    'mmpretrain': 'onedl-mmpretrain (or mmpretrain), beside torchvision',
 }
 
 
 def host_script(config: Config, name: str) -> Path:
-    """The script of mmdet or mmseg that a config is for, by its ``default_scope``.
+    """The script of mmdet, mmseg or mmpretrain that a config is for, by its ``default_scope``.
 
     Args:
         config: The config.
         name: 'train.py' or 'test.py'.
 
     Raises:
-        InputError: If the scope is neither, or the framework is not installed with its tools.
+        InputError: If the scope is none of these, or the framework is not installed with its tools.
     """
     scope = config.get('default_scope')
     if scope not in _DISTRIBUTIONS:
-        raise InputError(f"default_scope: got {scope!r} in the config, expected 'mmdet' or 'mmseg'")
+        names = ', '.join(map(repr, _DISTRIBUTIONS))
+        raise InputError(f'default_scope: got {scope!r} in the config, expected one of {names}')
     spec = importlib.util.find_spec(scope)
     if spec is None:
         raise InputError(f'{scope} is not installed: pip install {_DISTRIBUTIONS[scope]}')
@@ -68,10 +71,13 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from the latest checkpoint of the work dir, or in mmdet from the given one',
+        help='go on from the latest checkpoint of the work dir; mmdet and mmpretrain also take a '
+        'file',
     )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='mmdet: by the batch size')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='mmdet and mmpretrain: by the batch size'
+    )
 
 
 def add_test_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +125,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     script = host_script(config, 'train.py')
     for split in ('train', 'val'):
         check_data(config, split)
+    check_class_folders(config, ('train', 'val'))
     if args.resume not in (None, 'auto'):
         check_checkpoint('resume', args.resume)
     check_checkpoints(config)
@@ -141,6 +148,7 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     script = host_script(config, 'test.py')
     check_checkpoint('checkpoint', args.checkpoint)
     check_data(config, 'test')
+    check_class_folders(config, ('test',))
     check_work_dir(_work_dir(args, config))
     _run(script, arguments)
 

@@ -19,8 +19,14 @@ _HOW_TO_GET = {
         'ADE20K is ADEChallengeData2016.zip at '
         'http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip'
     ),
+    'ImageNet': (
+        'ImageNet-1k (ILSVRC 2012) is at https://image-net.org/download, one folder per class '
+        'belongs into train/ and into val/'
+    ),
+    'CustomDataset': 'it holds one folder of images per class',
 }
 _DEMO_DATA = 'data/demo/'
+_DEMO_FOLDER = 'data/imagefolder'
 
 
 class InputError(Exception):
@@ -62,16 +68,14 @@ def check_data(config: Config, split: str) -> None:
     Raises:
         InputError: Naming what is missing, where it was looked for and how to get it.
     """
-    loader = config.get(f'{split}_dataloader')
-    if not loader:
+    if not config.get(f'{split}_dataloader'):
         return
-    for key, dataset in _datasets(loader.dataset, f'{split}_dataloader.dataset'):
+    for key, dataset in datasets_of(config, split):
         root = str(dataset.get('data_root') or '')
-        wanted = [dataset.get('ann_file'), *(dataset.get('data_prefix') or {}).values()]
-        for name in wanted:
-            if not isinstance(name, str) or not name or dataset.get('backend_args'):
-                continue
-            path = os.path.join(root, name)
+        wanted = data_folders(dataset)
+        if isinstance(dataset.get('ann_file'), str) and dataset['ann_file']:
+            wanted = [os.path.join(root, dataset['ann_file']), *wanted]
+        for path in [] if dataset.get('backend_args') else wanted:
             if not os.path.exists(path):
                 raise InputError(
                     f'{key}: no such file or folder: {path} (data_root={root!r}, looked for from '
@@ -88,6 +92,32 @@ def check_data(config: Config, split: str) -> None:
             )
 
 
+def datasets_of(config: Config, split: str) -> Iterator[tuple[str, dict]]:
+    """The data sets of a loader, out of their wrappers, with their places in the config.
+
+    Args:
+        config: The whole config.
+        split: 'train', 'val' or 'test'.
+    """
+    loader = config.get(f'{split}_dataloader')
+    if loader:
+        yield from _datasets(loader.dataset, f'{split}_dataloader.dataset')
+
+
+def data_folders(dataset: dict) -> list[str]:
+    """The folders a data set reads, by its ``data_root``, ``data_prefix`` and ``split``.
+
+    Args:
+        dataset: Its config.
+    """
+    prefix = dataset.get('data_prefix') or {}
+    if not prefix and str(dataset.get('type')).rsplit('.', 1)[-1] == 'ImageNet':
+        prefix = dataset.get('split') or {}
+    names = [prefix] if isinstance(prefix, str) else prefix.values()
+    root = str(dataset.get('data_root') or '')
+    return [os.path.join(root, name) for name in names if isinstance(name, str) and name]
+
+
 def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
     """The leaves of wrapped and concatenated data sets, with their places in the config."""
     if 'dataset' in dataset:
@@ -102,6 +132,11 @@ def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
 def _advice(dataset_type: object, path: str) -> str:
     if path.startswith(_DEMO_DATA):
         return f'make it with `python tools/make_demo_dataset.py {_DEMO_DATA.rstrip("/")}`'
+    if path.startswith(_DEMO_FOLDER):
+        return (
+            'name your folder of class folders by the variable SSN_IMAGEFOLDER, or make one with '
+            f'`python tools/make_demo_image_folder.py {_DEMO_FOLDER}`'
+        )
     return _HOW_TO_GET.get(str(dataset_type).rsplit('.', 1)[-1], 'put it there')
 
 

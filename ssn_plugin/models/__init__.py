@@ -1,1 +1,1 @@
-"""Backbones for the host frameworks; their modules import mmdet or mmseg only when used."""
+"""Backbones and a classifier head for the hosts, each of which is imported only when used."""

@@ -2,11 +2,13 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit, update_init_info
 from mmengine.runner import CheckpointLoader
-from torch import nn
+from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.files import (
     CheckpointError,
@@ -56,20 +58,54 @@ def pretrained_entries(init_cfg: object) -> Iterator[dict]:
     Args:
         init_cfg: A dict, a list of dicts or None.
     """
-    for entry in init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]:
-        if isinstance(entry, dict) and entry.get('type') == 'Pretrained':
-            yield entry
+    yield from (entry for entry in _entries(init_cfg) if _loads(entry))
 
 
-def check_pretrained(backbone: nn.Module, entry: dict) -> str:
-    """See that a checkpoint fills a backbone: mmengine itself would only log what it does not.
+def without_pretrained(init_cfg: object) -> list[dict]:
+    """The other entries of an ``init_cfg``.
+
+    Args:
+        init_cfg: A dict, a list of dicts or None.
+    """
+    return [entry for entry in _entries(init_cfg) if not _loads(entry)]
+
+
+def _entries(init_cfg: object) -> list[dict]:
+    return list(init_cfg) if isinstance(init_cfg, list | tuple) else [init_cfg] if init_cfg else []
+
+
+def _loads(entry: dict) -> bool:
+    return entry.get('type') in ('Pretrained', PretrainedInit)  # the class in Python configs
+
+
+def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
+    """Fill a backbone; mmengine itself would only log what it cannot load.
+
+    Args:
+        backbone: Any module of mmengine.
+        state: Of :func:`checked_weights`.
+        path: Where it is from.
+
+    Raises:
+        CheckpointError: If a layer refuses what it is given.
+    """
+    try:
+        backbone.load_state_dict(state, strict=False)  # it holds the classifier too
+    except RuntimeError as error:
+        raise CheckpointError(f'{path}: {" ".join(str(error).split())}') from error
+    if hasattr(backbone, '_params_init_info'):
+        update_init_info(backbone, init_info=f'PretrainedInit: load from {path}')
+
+
+def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, Tensor], str]:
+    """Read the weights for a backbone and see that they fill it.
 
     Args:
         backbone: With ``stem_padding``, the padding of its stem's pool.
         entry: Of :func:`pretrained_entries`.
 
     Returns:
-        What the checkpoint brings, in one line.
+        The weights, and in one line what they bring.
 
     Raises:
         CheckpointError: Naming the missing, unexpected and misshapen keys, and the reason if it can
@@ -81,13 +117,18 @@ def check_pretrained(backbone: nn.Module, entry: dict) -> str:
     prefix = entry.get('prefix')
     if prefix is not None:
         prefix = f'{prefix.removesuffix(".")}.'
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        state = OrderedDict(
+            (key.removeprefix(prefix), value)
+            for key, value in state.items()
+            if key.startswith(prefix)
+        )
         if not state:
             raise CheckpointError(f'{path}: holds nothing under prefix={entry["prefix"]!r}')
     own = backbone.state_dict()
     check_match(own, state, path)
-    padding = (checkpoint.get('meta') or {}).get('stem_padding', backbone.stem_padding)
-    if padding != backbone.stem_padding:
+    meta = checkpoint.get('meta')
+    padding = meta.get('stem_padding') if isinstance(meta, Mapping) else None
+    if padding is not None and padding != backbone.stem_padding:
         print_log(
             f'SSNResNet: {path} was trained with a stem that pools with padding {padding}, this '
             f'backbone pools with {backbone.stem_padding}: set stem_padding={padding} in it',
@@ -97,7 +138,7 @@ def check_pretrained(backbone: nn.Module, entry: dict) -> str:
     chosen = selections({key: value for key, value in state.items() if key in own})
     counters = sum(key.endswith('.num_batches_tracked') for key in own)  # released files have none
     decided = sum(None not in selection for selection in chosen.values())
-    return (
+    return state, (
         f'SSNResNet: all {len(own) - counters} weights and buffers filled from {path}, '
         f'a {describe(state)}; '
         f'{decided} of its {len(chosen)} switchable layers are decided and stay so'

@@ -1,15 +1,20 @@
 """SSNResNet: the host's ResNet, made that of the released SSN weights; and the choice of host."""
 
 import importlib.util
-from contextlib import nullcontext
 
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from ssn_plugin.checkpoint.files import weights_only
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.models.pretrained import check_pretrained, pretrained_entries
+from ssn_plugin.models.pretrained import (
+    checked_weights,
+    load_pretrained,
+    pretrained_entries,
+    without_pretrained,
+)
+
+_HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 class SSNResNetMixin:
@@ -46,11 +51,15 @@ class SSNResNetMixin:
 
     def init_weights(self) -> None:
         """As the host's, after every key of a pretrained checkpoint has been accounted for."""
-        found = [check_pretrained(self, entry) for entry in pretrained_entries(self.init_cfg)]
-        # What is loaded now has just been read without running code.
-        with weights_only(allow_pickle=True) if found else nullcontext():
+        entries = [] if self._is_init else list(pretrained_entries(self.init_cfg))
+        found = [checked_weights(self, entry) for entry in entries]
+        init_cfg, self.init_cfg = self.init_cfg, without_pretrained(self.init_cfg)
+        try:
             super().init_weights()
-        for line in found:
+        finally:
+            self.init_cfg = init_cfg
+        for entry, (state, line) in zip(entries, found, strict=True):
+            load_pretrained(self, state, entry['checkpoint'])
             print_log(line, logger='current')
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -70,16 +79,17 @@ class SSNResNetMixin:
 def build_ssn_resnet(**kwargs) -> nn.Module:
     """Build the SSNResNet of the codebase in whose scope a model is built.
 
-    It stands in the root registry under 'SSNResNet', so that one name serves mmdet and mmseg and
-    neither is imported before it is needed.
+    It stands in the root registry under 'SSNResNet', so that one name serves mmdet, mmseg and
+    mmpretrain, and none is imported before it is needed.
 
     Args:
         **kwargs: Arguments of the ResNet of mmdet (``default_scope='mmdet'``) or of mmseg
-            (``default_scope='mmseg'``, which adds ``multi_grid`` and ``contract_dilation``).
+            (``default_scope='mmseg'``, which adds ``multi_grid`` and ``contract_dilation``) or of
+            mmpretrain (``default_scope='mmpretrain'``, which adds ``drop_path_rate``).
             ``norm_cfg`` is ``dict(type='SSN')`` unless given.
 
     Returns:
-        An mmdet or mmseg backbone.
+        A backbone of that codebase.
 
     Raises:
         ImportError: If the codebase of the scope is not installed.
@@ -94,11 +104,13 @@ def build_ssn_resnet(**kwargs) -> nn.Module:
     """
     current = DefaultScope.get_current_instance()
     scope = None if current is None else current.scope_name
-    if scope not in ('mmdet', 'mmseg'):
+    if scope not in _HOSTS:
         # Code that builds a backbone by hand may have set no scope.
-        scope = 'mmdet' if importlib.util.find_spec('mmdet') else 'mmseg'
+        scope = next((host for host in _HOSTS if importlib.util.find_spec(host)), _HOSTS[0])
     if scope == 'mmseg':
         from ssn_plugin.models.mmseg_resnet import SSNResNet
+    elif scope == 'mmpretrain':
+        from ssn_plugin.models.mmpretrain_resnet import SSNResNet
     else:
         from ssn_plugin.models.mmdet_resnet import SSNResNet
     return SSNResNet(**kwargs)

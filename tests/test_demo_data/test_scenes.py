@@ -66,7 +66,7 @@ def test_visible_masks_are_what_the_picture_shows(material, monkeypatch):
     def square(cutout, wanted_side, rng):
         return np.full((side, side, 3), next(counter), np.float32), np.ones((side, side))
 
-    monkeypatch.setattr(scenes, '_pose', square)
+    monkeypatch.setattr(scenes, 'pose', square)
     hidden = 0
     for index in range(12):
         scene = compose(material, index=index)

@@ -62,6 +62,12 @@ def test_bad_command_lines(arguments, code, said):
     assert 'Traceback' not in result.stderr
 
 
+def test_missing_host_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(InputError, match='mmpretrain is not installed: pip install onedl-mmpret'):
+        host_script(Config(dict(default_scope='mmpretrain')), 'train.py')
+
+
 def test_missing_data_is_one_line(tmp_path):
     result = run(ROOT / 'tools/train.py', ROOT / CONFIG, cwd=tmp_path)
     assert result.returncode == 1

@@ -1,0 +1,4 @@
+"""ResNet-34 with SSN, 100 epochs of ImageNet on 8 x 32 images."""
+
+_base_ = './resnet18_ssn_8xb32_in1k.py'
+model = dict(backbone=dict(depth=34))

@@ -1,0 +1,4 @@
+"""ResNet-50 with GroupNorm, 100 epochs of ImageNet on 8 x 32 images."""
+
+_base_ = './resnet18_gn_8xb32_in1k.py'
+model = dict(backbone=dict(depth=50), head=dict(in_channels=2048))

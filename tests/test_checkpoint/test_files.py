@@ -1,0 +1,435 @@
+"""Reading without running code, and writing whole files or none."""
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import stat
+from collections import OrderedDict
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from backbones import Marker
+from released_files import released_checkpoint, released_state, save
+
+from ssn_plugin.checkpoint.files import (
+    CheckpointError,
+    check_writable,
+    md5_of,
+    read_checkpoint,
+    weights_entry,
+    weights_in,
+    weights_only,
+    write_checkpoint,
+)
+
+FORCES = ('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')
+SERIALISATION = pytest.mark.parametrize('legacy', [True, False], ids=['legacy', 'zip'])
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    for name in (*FORCES, 'SSN_ALLOW_PICKLE'):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / 'net.pth'
+
+
+def message_of(function, *args, **kwargs) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        function(*args, **kwargs)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@SERIALISATION
+def test_what_a_training_script_keeps_is_readable(file, legacy):
+    """Optimizer, scheduler, numpy scalars and arrays, containers: no flag, weights bit by bit."""
+    state = released_state(width=4)
+    checkpoint = released_checkpoint(state) | dict(
+        array=np.arange(6.0).reshape(2, 3),
+        integers=[np.int64(3), np.float32(0.5), np.bool_(True)],
+        nested={'a': [(1, None, {2}), OrderedDict(b=torch.ones(2))]},
+        size=torch.Size([1, 2]),
+        dtype=torch.float16,
+    )
+    read = read_checkpoint(save(checkpoint, file, legacy))
+    assert (read['epoch'], read['model']) == (100, 'resnet_v1_ssn')
+    assert read['optimizer']['param_groups'][0]['momentum'] == 0.9
+    assert read['lr_scheduler']['milestones'] == {30: 1, 60: 1, 90: 1}
+    weights = weights_in(read, str(file))
+    assert list(weights) == list(state)
+    assert all(torch.equal(weights[key], value) for key, value in state.items())
+
+
+class Opaque:
+    """A class of a training script."""
+
+
+@SERIALISATION
+@pytest.mark.parametrize(
+    ('content', 'named'),
+    [
+        (Opaque(), rf'{Opaque.__module__}\.Opaque'),
+        (Fraction(1, 3), r'fractions\.Fraction'),
+        (torch.nn.Linear(2, 2), r'torch\.nn\.modules\.linear\.Linear'),
+    ],
+    ids=['class', 'standard library', 'module'],
+)
+def test_objects_are_refused_by_name(file, legacy, content, named):
+    path = save({'state_dict': {'a': torch.ones(1)}, 'extra': content}, file, legacy)
+    with pytest.raises(CheckpointError, match=rf'holds a pickled {named} and') as caught:
+        read_checkpoint(path)
+    text = str(caught.value)
+    assert text.startswith(f'{path}: refused, because reading it would run code')
+    assert 'set SSN_ALLOW_PICKLE=1 or give a tool --allow-pickle' in text
+    assert '\n' not in text
+    assert type(read_checkpoint(path, allow_pickle=True)['extra']) is type(content)
+
+
+@SERIALISATION
+@pytest.mark.parametrize('forced', [None, '0', '1', 'true', 'y'])
+def test_code_is_not_run(file, tmp_path, monkeypatch, legacy, forced):
+    if forced is not None:
+        monkeypatch.setenv(FORCES[0], forced)
+    path = save({'state_dict': {'a': torch.ones(1)}, 'x': Marker(tmp_path / 'ran')}, file, legacy)
+    assert 'a pickled posix.system and' in message_of(read_checkpoint, path)
+    assert not (tmp_path / 'ran').exists()
+    assert os.environ.get(FORCES[0]) == forced
+    assert FORCES[1] not in os.environ
+
+
+@pytest.mark.parametrize('payload', ['optimizer', 'key', 'state_dict', 'file'])
+def test_code_is_not_run_wherever_it_hides(file, tmp_path, payload):
+    marker = Marker(tmp_path / 'ran')
+    content = {
+        'optimizer': {'state_dict': {'a': torch.ones(1)}, 'optimizer': {'state': [marker]}},
+        'key': {'state_dict': {'a': torch.ones(1)}, ('b', marker): 1},
+        'state_dict': {'state_dict': marker},
+        'file': marker,
+    }[payload]
+    assert 'refused' in message_of(read_checkpoint, save(content, file))
+    assert not (tmp_path / 'ran').exists()
+
+
+class Getattr:
+    """Asks for an attribute of what stands beside weights, as log histories of mmengine do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return getattr, (np.dtype('f8'), 'descr')
+
+
+def test_what_is_let_through_is_never_called(file):
+    """Names that a training needs are let through as things that do nothing."""
+    read = read_checkpoint(save({'a': Getattr(file), 'b': np.float64(3), 'c': torch.ones(2)}, file))
+    assert not isinstance(read['b'], np.generic)
+    assert not isinstance(read['a'], list)
+    assert torch.equal(read['c'], torch.ones(2))
+
+
+def test_pickles_that_call_what_is_let_through_twice(file, tmp_path):
+    """getattr(numpy.ndarray, ...)(...) by hand: what stands for getattr gives nothing to call."""
+    call = (
+        b'\x80\x02cbuiltins\ngetattr\ncnumpy\nndarray\nX\x06\x00\x00\x00tofile\x86R'
+        b'X\x04\x00\x00\x00name\x85R.'
+    )
+    file.write_bytes(call)
+    message_of(read_checkpoint, file)
+
+
+@pytest.mark.parametrize(
+    ('value', 'allowed'), [('1', True), ('yes', True), ('0', False), ('', False)]
+)
+@pytest.mark.parametrize('forced', [None, *FORCES])
+def test_the_flag_overrides(file, tmp_path, monkeypatch, value, allowed, forced):
+    if forced:
+        monkeypatch.setenv(forced, '1')
+    monkeypatch.setenv('SSN_ALLOW_PICKLE', value)
+    path = save({'a': torch.ones(1), 'x': Marker(tmp_path / 'ran')}, file)
+    if allowed:
+        assert read_checkpoint(path)['x'] == 0  # what os.system gave
+    else:
+        assert 'refused' in message_of(read_checkpoint, path)
+    assert (tmp_path / 'ran').exists() == allowed
+    assert [os.environ.get(name) for name in FORCES] == [
+        '1' if name == forced else None for name in FORCES
+    ]
+
+
+@pytest.mark.parametrize('forced', [None, *FORCES])
+def test_the_argument_overrides(file, tmp_path, monkeypatch, forced):
+    if forced:
+        monkeypatch.setenv(forced, '1')
+    read_checkpoint(save({'x': Marker(tmp_path / 'ran')}, file), allow_pickle=True)
+    assert (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('allow', [True, False])
+@pytest.mark.parametrize('before', [{}, {FORCES[0]: '1'}, {FORCES[1]: '1'}, {FORCES[0]: '0'}])
+def test_the_environment_is_restored(monkeypatch, allow, before):
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    saved = dict(os.environ)
+    safe = list(torch.serialization.get_safe_globals())
+    with weights_only(allow):
+        assert dict(os.environ) != saved or before == {FORCES[not allow]: '1'}
+    assert dict(os.environ) == saved
+    with pytest.raises(ZeroDivisionError), weights_only(allow):
+        raise ZeroDivisionError
+    assert dict(os.environ) == saved
+    assert set(torch.serialization.get_safe_globals()) == set(safe)
+
+
+def test_it_binds_libraries_that_ask_for_unpickling(file, tmp_path):
+    path = save({'x': Marker(tmp_path / 'ran')}, file)
+    with weights_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=False)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_missing_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = message_of(read_checkpoint, 'sub/net.pth')
+    assert text == f'sub/net.pth: no such file (looked for from {tmp_path})'
+
+
+def test_folder(tmp_path):
+    assert (
+        message_of(read_checkpoint, tmp_path)
+        == f'{tmp_path}: is a folder, expected a checkpoint file'
+    )
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '', '\n', 'hello', 'Not found', '<html></html>', '{"a": 1}', 'a,b\n1,2\n', 'true', 'N.',
+        'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'class: 1\nscore: 0.5\n',
+        'config of my net\n', '\x80\x02}q\x00.', 'PK\x03\x04', '\x1f\x8b\x08\x00',
+        '\x89PNG\r\n\x1a\n', 'GIF89a', *map(chr, range(32, 127)),
+    ],
+)  # fmt: skip
+def test_what_is_no_checkpoint(file, content):
+    file.write_text(content, encoding='latin1')
+    text = message_of(read_checkpoint, file)
+    assert text.startswith(f'{file}: ')
+    assert 'not a checkpoint of torch' in text
+
+
+@SERIALISATION
+def test_a_file_truncated_anywhere(file, tmp_path, legacy):
+    path = save(released_checkpoint(released_state(width=1)), tmp_path / 'whole.pth', legacy)
+    content = (tmp_path / 'whole.pth').read_bytes()
+    assert 'state_dict' in read_checkpoint(path)
+    size = len(content)
+    ends = {*range(0, size, size // 100), *range(40), *range(size - 40, size)}
+    # Inside the name of a type it looks as if another type were asked for.
+    types = [content.find(name) for name in (b'OrderedDict', b'_rebuild_tensor', b'FloatStorage')]
+    ends -= {end for start in types for end in range(start - 10, start + 20)}
+    for end in sorted(ends):
+        file.write_bytes(content[:end])
+        text = message_of(read_checkpoint, file)
+        assert 'not a checkpoint of torch' in text, end
+        assert end < 5 or 'truncated' in text, end
+
+
+def test_it_comes_to_the_cpu_and_no_more_than_a_dict(file):
+    assert message_of(read_checkpoint, save([torch.ones(1)], file)) == (
+        f'{file}: holds a list, expected a dict'
+    )
+
+
+# ---------------------------------------------------------------- weights in it
+
+
+STATE = OrderedDict({'a.weight': torch.ones(2), 'module_b.weight': torch.zeros(1)})
+
+
+@pytest.mark.parametrize('entry', ['state_dict', 'model', None])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_weights_in(entry, prefix):
+    state = OrderedDict((prefix + key, value) for key, value in STATE.items())
+    checkpoint = state if entry is None else {'epoch': 1, entry: state}
+    assert weights_entry(checkpoint) == entry
+    assert list(weights_in(checkpoint, 'f')) == list(STATE)
+
+
+def test_the_release_names_its_model_by_a_string():
+    checkpoint = {'model': 'resnet', 'state_dict': STATE}
+    assert weights_entry(checkpoint) == 'state_dict'
+    assert weights_entry({'model': STATE, 'state_dict': STATE}) == 'state_dict'
+
+
+@pytest.mark.parametrize(
+    'checkpoint', [{}, {'epoch': 1}, {'state_dict': {}}, {'state_dict': {'a': np.ones(2)}}]
+)
+def test_no_weights(checkpoint):
+    assert (
+        message_of(weights_in, checkpoint, 'net.pth') == 'net.pth: holds no state dict of weights'
+    )
+
+
+@pytest.mark.parametrize('size', [0, 1, (1 << 20) - 1, 1 << 20, (1 << 21) + 7])
+def test_md5(file, size):
+    content = os.urandom(size)
+    file.write_bytes(content)
+    assert md5_of(file) == hashlib.md5(content).hexdigest()
+
+
+# ---------------------------------------------------------------- writing
+
+
+CONTENT = {'meta': {'a': 1}, 'state_dict': {'w': torch.arange(3000.0)}}
+
+
+def in_a_child(function, *args) -> str:
+    """What a function says from a process of its own, with limits of its own."""
+    context = multiprocessing.get_context('fork')
+    receiver, sender = context.Pipe(duplex=False)
+
+    def body():
+        try:
+            function(*args)
+            sender.send('written')
+        except BaseException as error:
+            sender.send(f'{type(error).__name__}: {error}')
+
+    process = context.Process(target=body)
+    process.start()
+    assert receiver.poll(30)
+    text = receiver.recv()
+    process.join(30)
+    return text
+
+
+@pytest.mark.parametrize('mask', [0o022, 0o077, 0o002])
+def test_written_file(file, mask):
+    before = os.umask(mask)
+    try:
+        write_checkpoint(CONTENT, file)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert torch.equal(read_checkpoint(file)['state_dict']['w'], torch.arange(3000.0))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+    assert os.listdir(file.parent) == ['net.pth']
+
+
+def test_an_existing_file_is_left_alone(file):
+    file.write_text('mine')
+    for function, args in ((write_checkpoint, (CONTENT, file)), (check_writable, (file,))):
+        assert 'exists already; name another file or give --overwrite' in message_of(
+            function, *args
+        )
+    assert file.read_text() == 'mine'
+    write_checkpoint(CONTENT, file, overwrite=True)
+    assert read_checkpoint(file)['meta'] == {'a': 1}
+    assert os.listdir(file.parent) == ['net.pth']
+
+
+def limited(path, size, overwrite=False):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    write_checkpoint(CONTENT, path, overwrite)
+
+
+@pytest.mark.parametrize('size', [10, 500, 6000, 12000])
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_a_full_disk_leaves_nothing(file, size, overwrite):
+    """By a limit on the size of files, which the system enforces as it does the end of a disk."""
+    if overwrite:
+        file.write_text('mine')
+    assert in_a_child(limited, file, size, overwrite) == (
+        f'CheckpointError: {file}: cannot be written: File too large'
+    )
+    assert os.listdir(file.parent) == ['net.pth'] * overwrite
+    assert not overwrite or file.read_text() == 'mine'
+    assert in_a_child(limited, file, 100_000, overwrite) == 'written'
+
+
+class Interrupt:
+    """The user presses Ctrl-C while this is being written."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return dict, ()
+
+
+class Unwritable:
+    def __reduce__(self):
+        raise TypeError('cannot pickle this')
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+@pytest.mark.parametrize(
+    ('content', 'error'), [(Interrupt, KeyboardInterrupt), (Unwritable, TypeError)]
+)
+def test_an_interrupted_process_leaves_nothing(file, overwrite, content, error):
+    if overwrite:
+        file.write_text('mine')
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            write_checkpoint(CONTENT | {'last': content()}, file, overwrite)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert os.listdir(file.parent) == ['net.pth'] * overwrite
+    assert not overwrite or file.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('function', [check_writable, lambda path: write_checkpoint(CONTENT, path)])
+def test_no_folder_or_no_file(tmp_path, function):
+    path = tmp_path / 'none' / 'net.pth'
+    assert message_of(function, path) == (
+        f'{path}: cannot be written: there is no folder {path.parent}'
+    )
+    assert message_of(function, tmp_path) == f'{tmp_path}: is a folder, expected a file name'
+    assert os.listdir(tmp_path) == []
+
+
+def as_nobody(function, *args):
+    if os.getuid() == 0:  # to root no folder is read-only
+        os.setgid(65534)
+        os.setuid(65534)
+    function(*args)
+
+
+@pytest.mark.parametrize('function', [check_writable, lambda path: write_checkpoint(CONTENT, path)])
+def test_read_only_folder(tmp_path, function):
+    folder = tmp_path / 'folder'
+    folder.mkdir()
+    folder.chmod(0o555)
+    for parent in [*tmp_path.parents][:2]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    tmp_path.chmod(0o755)
+    text = in_a_child(as_nobody, function, folder / 'net.pth')
+    assert text == (
+        f'CheckpointError: {folder / "net.pth"}: cannot be written: {folder} is read-only'
+    )
+    folder.chmod(0o755)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no file system to fail on')
+def test_a_folder_that_lies_about_being_writable():
+    assert message_of(write_checkpoint, CONTENT, '/proc/net.pth').startswith(
+        '/proc/net.pth: cannot be written: '
+    )
+
+
+def test_relative_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(CONTENT, 'net.pth')
+    assert os.listdir(tmp_path) == ['net.pth']

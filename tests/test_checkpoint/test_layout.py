@@ -1,0 +1,171 @@
+"""What a state dict is, in every set of names; and the backbone out of it, in ours."""
+
+import re
+from collections import OrderedDict
+
+import pytest
+import torch
+from backbones import (
+    as_detector,
+    as_mmpretrain,
+    as_segmentor,
+    as_timm,
+    as_torchvision,
+    batch_norm_network,
+    build,
+)
+from released_files import layers, released_state
+
+from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
+
+NARROW = dict(base_channels=4, stem_channels=4)
+DEEP = dict(deep_stem=True, stem_channels=8)
+POOLED = dict(avg_down=True)
+LAYOUTS = {
+    'torchvision': (as_torchvision, dict(depth=50)),
+    'torchvision 18': (as_torchvision, dict(depth=18)),
+    'timm': (as_timm, dict(depth=50)),
+    'timm c': (as_timm, dict(depth=50, **DEEP)),
+    'timm d': (as_timm, dict(depth=50, **DEEP, **POOLED)),
+    'timm 18 d': (as_timm, dict(depth=18, **DEEP, **POOLED)),
+    'mmpretrain': (as_mmpretrain, dict(depth=18)),
+    'mmpretrain V1c': (as_mmpretrain, dict(depth=50, **DEEP)),
+    'mmpretrain V1d': (as_mmpretrain, dict(depth=50, **DEEP, **POOLED)),
+    'mmdet': (as_detector, dict(depth=50)),
+    'mmdet V1d': (as_detector, dict(depth=50, **DEEP, **POOLED)),
+    'mmseg': (as_segmentor, dict(depth=50)),
+    'mmseg V1c': (as_segmentor, dict(depth=50, **DEEP)),
+    'backbone alone': (OrderedDict, dict(depth=34)),
+}
+
+
+def message_of(function, *args) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        function(*args)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def in_our_names(key):
+    """A key of mmdet's or mmseg's ResNet with BatchNorm as SSNResNet has it."""
+    return '.'.join(re.sub('^bn', 'sn', part) for part in key.split('.'))
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_the_backbone_of_every_layout(layout):
+    rename, kwargs = LAYOUTS[layout]
+    state = batch_norm_network('mmdet', **NARROW | kwargs).state_dict()
+    others = set(rename({}))
+    backbone, left_out = backbone_of(rename(state), 'net.pth')
+    assert set(left_out) == others
+    assert list(backbone) == [in_our_names(key) for key in state]
+    assert all(backbone[in_our_names(key)] is value for key, value in state.items())
+    # as many as SSNResNet asks for, and by the same names
+    own = build('mmdet', **NARROW | kwargs).state_dict()
+    control = ('mean_weight', 'var_weight', 'mean_fixed', 'var_fixed', 'radius')
+    assert set(backbone) == {key for key in own if not key.endswith(control)}
+    found = describe(backbone)
+    assert found.norm == 'BN'
+    assert found.depth == kwargs['depth']
+    assert found.deep_stem == kwargs.get('deep_stem', False)
+    assert found.avg_down == kwargs.get('avg_down', False)
+    assert set(found.norms) == {
+        key.removesuffix('.running_var') for key in backbone if 'running_v' in key
+    }
+
+
+@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
+@pytest.mark.parametrize('norm', ['SSN', 'SN', 'BN', 'GN'])
+def test_depth_and_norm_of_our_networks(depth, norm):
+    cfg = dict(type=norm, num_groups=2) if norm == 'GN' else dict(type=norm)
+    found = describe(build('mmdet', depth=depth, **NARROW, norm_cfg=cfg).state_dict())
+    assert (found.norm, found.depth) == (norm, depth)
+    assert str(found) == f'ResNet-{depth} with {norm}'
+
+
+@pytest.mark.parametrize('kind', ['SSN', 'SN'])
+@pytest.mark.parametrize('using_bn', [True, False])
+def test_released_layouts(kind, using_bn):
+    state = released_state(50, 4, kind, using_bn=using_bn)
+    names = [name for name, shape in layers(50, 4) if len(shape) == 1]
+    assert len(names) == 53
+    assert norm_layers(state) == dict.fromkeys(names, kind)
+    assert str(describe(state)) == f'ResNet-50 with {kind}'
+    backbone, left_out = backbone_of(state, 'net.pth')
+    assert left_out == ('fc.weight', 'fc.bias')
+    assert list(backbone) == [key for key in state if key not in left_out]
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_pooled_shortcuts_of_a_dilated_network(stride):
+    """mmpretrain leaves the pool out wherever the stride is one."""
+    kwargs = dict(depth=50, **NARROW, **POOLED, strides=(1, 2, stride, 1), dilations=(1, 1, 1, 2))
+    state = OrderedDict(batch_norm_network('mmdet', **kwargs).state_dict())
+    theirs = OrderedDict()
+    for key, value in state.items():
+        stage = int(key[5]) if key.startswith('layer') else 0
+        if 'downsample' in key and kwargs['strides'][stage - 1] == 1:
+            key = key.replace('downsample.1', 'downsample.0').replace(
+                'downsample.2', 'downsample.1'
+            )
+        theirs[f'backbone.{key}'] = value
+    backbone, _ = backbone_of(theirs, 'net.pth')
+    assert list(backbone) == [in_our_names(key) for key in state]
+
+
+def test_words_for_variants():
+    state = batch_norm_network('mmdet', depth=50, **NARROW | DEEP | POOLED).state_dict()
+    assert str(describe(state)) == 'ResNet-50 with BN (deep stem, average-pooled shortcuts)'
+    assert str(describe({'a': torch.ones(1)})) == (
+        'network that is no ResNet known here without norm layers'
+    )
+
+
+def test_one_missing_key_does_not_change_what_a_network_is():
+    state = released_state(50, 4)
+    for key in ('layer1.0.conv1.weight', 'layer4.2.conv1.weight', 'layer2.0.downsample.0.weight'):
+        assert str(describe({k: v for k, v in state.items() if k != key})) == 'ResNet-50 with SSN'
+
+
+@pytest.mark.parametrize(
+    ('key', 'expected'),
+    [
+        ('fc.weight', True),
+        ('fc.bias', True),
+        ('head.fc.weight', True),
+        ('fc2.weight', False),
+        ('layer1.fc.weight', False),
+        ('fc.weight_v', False),
+    ],
+)
+def test_classifier(key, expected):
+    assert is_classifier(key) is expected
+
+
+def test_what_is_no_resnet():
+    vit = {
+        'patch_embed.proj.weight': torch.ones(1),
+        'cls_token': torch.ones(1),
+        'a.b': torch.ones(1),
+    }
+    assert message_of(backbone_of, vit | {'c': torch.ones(1)}, 'net.pth') == (
+        'net.pth: holds no ResNet: its keys are patch_embed.proj.weight, cls_token, a.b and 1 more'
+    )
+    assert 'holds no ResNet' in message_of(backbone_of, {'backbone.x': torch.ones(1)}, 'net.pth')
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_keys_that_belong_to_nothing(prefix):
+    state = {f'{prefix}{key}': value for key, value in released_state(width=4).items()}
+    state[f'{prefix}se.weight'] = torch.ones(1)
+    assert 'holds keys that no ResNet has: ' in message_of(backbone_of, state, 'net.pth')
+    assert 'se.weight' in message_of(backbone_of, state, 'net.pth')
+
+
+@pytest.mark.parametrize(
+    ('names', 'expected'),
+    [([], ''), (['a'], 'a'), (['a', 'b', 'c'], 'a, b, c'), (list('abcd'), 'a, b, c and 1 more')],
+)
+def test_shown(names, expected):
+    assert shown(names) == expected
