@@ -57,6 +57,7 @@ extras = {
     'det': [line for line in onedl if not line.startswith('onedl-mmsegmentation')],
     'seg': [line for line in onedl if not line.startswith('onedl-mmdetection')],
     'original': requirements('original'),
+    'triton': ['triton>=3.0; platform_system == "Linux"'],
     'demo': requirements('demo'),
     'test': requirements('demo') + requirements('test'),
     'dev': requirements('dev'),
