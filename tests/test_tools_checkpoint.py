@@ -155,6 +155,7 @@ def test_truncated_input(tmp_path):
     assert os.listdir(tmp_path) == ['ssn.pth']
 
 
+@pytest.mark.slow
 def test_the_flag_of_a_tool(tmp_path):
     content = released_checkpoint(released_state()) | {'x': Marker(tmp_path / 'ran')}
     save(content, tmp_path / 'code.pth')
@@ -175,6 +176,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_released_file(folder):
     released_file(folder / 'net.pth', width=4)
     result = run(folder, 'train.py', 'config.py')

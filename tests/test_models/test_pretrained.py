@@ -434,9 +434,9 @@ def misshapen(key, value):
         (misshapen('sn1.mean_weight', torch.full((3,), torch.nan)), 'expected a one-hot vector'),
     ],
 )  # fmt: skip
-def test_one_wrong_key(host, file, change, said):
+def test_one_wrong_key(file, change, said):
     path = save(broken(change), file)
-    assert said in message_of(host, path)
+    assert said in message_of('mmdet', path)
 
 
 NARROW = dict(base_channels=4, stem_channels=4)
@@ -472,10 +472,10 @@ OTHER_NETWORKS = {
 
 
 @pytest.mark.parametrize('case', OTHER_NETWORKS)
-def test_another_network(host, file, case):
+def test_another_network(file, case):
     content, backbone, said = OTHER_NETWORKS[case]
     path = save(content(), file) if callable(content) else released_file(file, **content)
-    assert said.format(path=path) in message_of(host, path, **NARROW | backbone)
+    assert said.format(path=path) in message_of('mmseg', path, **NARROW | backbone)
 
 
 def test_not_a_checkpoint(host, file):
