@@ -7,9 +7,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from ssn_plugin.ops import switchable_norm as ops
 from ssn_plugin.ops.sparsestmax import SparsestMaxFunction
-from ssn_plugin.ops.statistics import NORMALIZERS
-from ssn_plugin.ops.switchable_norm import SwitchableNormFunction
+from ssn_plugin.ops.statistics import NORMALIZERS, Settings
 
 
 def check_radius(radius: float, name: str = 'radius') -> float:
@@ -197,37 +197,17 @@ def switchable_norm(
             raise ValueError(f'{name}: got shape {tuple(vector.shape)}, expected ({x.shape[1]},)')
     if correction not in (0, 1):
         raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
-    if x.numel() == 0:
-        return _empty_result(x, mean_ratios, var_ratios, weight, bias)
-
-    frozen_statistics = not training and running_mean is not None
-    y, batch_mean, batch_var = SwitchableNormFunction.apply(
+    return ops.switchable_norm(
         x,
         mean_ratios,
         var_ratios,
         weight,
         bias,
-        running_mean if frozen_statistics else None,
-        running_var if frozen_statistics else None,
-        normalizers,
-        num_groups,
-        correction,
-        eps,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        'given',
+        None,
+        Settings(normalizers, num_groups, correction, eps),
     )
-    if running_mean is not None and batch_mean is not None:
-        count = x.numel() // x.shape[1]
-        if correction == 0 and count > 1:
-            batch_var = batch_var * (count / (count - 1))
-        with torch.no_grad():
-            running_mean.lerp_(batch_mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(batch_var.to(running_var.dtype), momentum)
-    return y
-
-
-def _empty_result(x: Tensor, *parameters: Tensor | None) -> Tensor:
-    """``x`` itself, with every parameter in its graph at gradient zero, as BatchNorm returns it.
-
-    DistributedDataParallel would otherwise meet unused parameters on ranks without proposals.
-    """
-    touched = sum(p.to(x.dtype).sum() * 0 for p in parameters if p is not None)
-    return x + touched

@@ -1,7 +1,13 @@
 """What every test shares: a fixed seed, and one thread for small tensors."""
 
+import os
+
 import pytest
 import torch
+
+# Triton decides when it is imported whether kernels are compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 
 @pytest.fixture(autouse=True)

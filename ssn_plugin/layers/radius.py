@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from ssn_plugin.functional import check_radius, sparsestmax
+from ssn_plugin.layers.frozen import hold, known_choices
 from ssn_plugin.layers.ssn import SSN
+from ssn_plugin.ops.ratio_maps import UNKNOWN, largest
 
 
 @torch.no_grad()
@@ -47,12 +49,23 @@ def set_radius(model: nn.Module, radius: float) -> None:
     for layers in alike.values():
         control = torch.stack([torch.stack((m.mean_weight, m.var_weight)) for m in layers])
         fixed = torch.stack([torch.stack((m.mean_fixed, m.var_fixed)) for m in layers]) > 0
+        choice = torch.stack([torch.stack((m.mean_choice, m.var_choice)) for m in layers])
+        choice = torch.where(choice == UNKNOWN, largest(control).squeeze(-1), choice)
         ratios = sparsestmax(control, radius)
         fresh = (ratios.amax(-1) == 1) & ~fixed
-        for module, vectors, flags in zip(layers, ratios, fresh.tolist(), strict=True):
-            for name, vector, became_one_hot in zip(('mean', 'var'), vectors, flags, strict=True):
+        choice = torch.where(fresh, ratios.argmax(-1), choice)
+        found = torch.stack((fixed, fresh, choice), -1).tolist()
+        for module, statistics in zip(layers, found, strict=True):
+            choices = {}
+            for name, (is_fixed, became_one_hot, index) in zip(
+                ('mean', 'var'), statistics, strict=True
+            ):
                 if became_one_hot:
-                    module.freeze(name, vector)
+                    module.freeze(name, index)
+                if is_fixed or became_one_hot:
+                    choices[name] = index
+            if tuple(map(choices.get, ('mean', 'var'))) != known_choices(module):
+                hold(module, choices)
 
 
 @torch.no_grad()
@@ -68,6 +81,9 @@ def copy_selection(source: nn.Module, target: nn.Module) -> None:
         if isinstance(layer, SSN):
             for buffer in ('radius', 'mean_fixed', 'var_fixed', 'mean_choice', 'var_choice'):
                 getattr(followers[name], buffer).copy_(getattr(layer, buffer))
+            mean, var = known_choices(layer)
+            choices = {} if mean is None else {'mean': mean}
+            hold(followers[name], choices if var is None else {**choices, 'var': var})
 
 
 def undecided_layers(model: nn.Module) -> list[str]:

@@ -1,22 +1,15 @@
 """SSN: the layer that learns which normalizer it is."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.functional import check_radius, sparsestmax
-from ssn_plugin.layers.frozen import held, hold
+from ssn_plugin.functional import check_radius
+from ssn_plugin.layers.frozen import held_choices, hold, known_choices
 from ssn_plugin.layers.switchable import SwitchableNorm
-
-# Choice of a layer that is not frozen; also of a frozen one whose flag was copied without it, in a
-# model that took over parameters and persistent buffers: there the largest control parameter tells.
-_UNKNOWN = -1
-
-
-def _largest(control: Tensor) -> Tensor:
-    """Index of the largest entry, the last one among equals, keeping the dimension."""
-    return control.shape[-1] - 1 - control.flip(-1).argmax(-1, keepdim=True)
+from ssn_plugin.ops.ratio_maps import UNKNOWN, Selection, fixed_ratios, largest
 
 
 class SSN(SwitchableNorm):
@@ -31,7 +24,8 @@ class SSN(SwitchableNorm):
     The radius r grows during training (:func:`ssn_plugin.set_radius`, or ``SSNRadiusHook`` in
     mmengine). What has become one-hot is frozen there: ``mean_fixed`` or ``var_fixed`` turns to 1
     and the ratios are constants from then on, whatever an optimizer, a weight decay or an averaging
-    of models does to the control parameters, whose gradient is zero.
+    of models does to the control parameters, whose gradient is zero. Only what the selection needs
+    is computed then; running statistics that it does not use are no longer updated.
 
     Args:
         num_features: C, the number of channels of (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W).
@@ -72,6 +66,8 @@ class SSN(SwitchableNorm):
         Shao et al., "SSN: Learning Sparse Switchable Normalization via SparsestMax", IJCV 2020.
     """
 
+    _ratio_map = 'sparsestmax'
+
     def __init__(
         self,
         num_features: int,
@@ -100,21 +96,22 @@ class SSN(SwitchableNorm):
             # Index of the frozen candidate, apart from the control parameters: an optimizer's
             # momentum or an averaging of models may move those. Not in the file, where the control
             # parameters are that one-hot vector, as in the released files.
-            self.register_buffer(f'{name}_choice', torch.tensor(_UNKNOWN), persistent=False)
+            self.register_buffer(f'{name}_choice', torch.tensor(UNKNOWN), persistent=False)
+
+    def _selection(self) -> Selection:
+        buffers = self._buffers
+        return Selection(
+            buffers['radius'],
+            buffers['mean_fixed'],
+            buffers['var_fixed'],
+            buffers['mean_choice'],
+            buffers['var_choice'],
+            partial(known_choices, self),
+        )
 
     def _fixed_ratios(self) -> tuple[Tensor, Tensor]:
         """Which of (mean, variance) are frozen, (2, 1), and the one-hot vectors, (2, K)."""
-        fixed = torch.stack((self.mean_fixed, self.var_fixed)).unsqueeze(-1) > 0
-        choice = torch.stack((self.mean_choice, self.var_choice)).unsqueeze(-1)
-        control = torch.stack((self.mean_weight, self.var_weight)).detach()
-        choice = torch.where(choice == _UNKNOWN, _largest(control), choice)
-        candidates = torch.arange(len(self.normalizers), device=choice.device)
-        return fixed, (candidates == choice).to(control.dtype)
-
-    def _ratios(self) -> tuple[Tensor, Tensor]:
-        control = torch.stack((self.mean_weight, self.var_weight))
-        fixed, one_hot = self._fixed_ratios()
-        return torch.where(fixed, one_hot, sparsestmax(control, self.radius)).unbind()
+        return fixed_ratios(self.mean_weight, self.var_weight, self._selection())
 
     def reset_parameters(self) -> None:
         """As in the base class, and nothing is frozen; the radius stays."""
@@ -122,21 +119,21 @@ class SSN(SwitchableNorm):
         if 'var_choice' in self._buffers:  # not yet while the base class constructs
             for name in ('mean', 'var'):
                 getattr(self, f'{name}_fixed').zero_()
-                getattr(self, f'{name}_choice').fill_(_UNKNOWN)
+                getattr(self, f'{name}_choice').fill_(UNKNOWN)
         hold(self, {})
 
     @torch.no_grad()
-    def freeze(self, name: str, ratios: Tensor) -> None:
+    def freeze(self, name: str, choice: int) -> None:
         """Freeze the ratios of one statistic.
 
         Args:
             name: 'mean' or 'var'.
-            ratios: The one-hot vector, shape (K,).
+            choice: Index of the candidate.
         """
-        getattr(self, f'{name}_choice').copy_(ratios.argmax())
+        getattr(self, f'{name}_choice').fill_(choice)
         getattr(self, f'{name}_fixed').fill_(1)
-        getattr(self, f'{name}_weight').copy_(ratios)
-        hold(self, {**held(self), name: ratios.clone()})
+        hold(self, {**held_choices(self), name: choice})
+        self.restore_fixed()
 
     @torch.no_grad()
     def restore_fixed(self) -> None:
@@ -152,8 +149,10 @@ class SSN(SwitchableNorm):
             hold(self, {})
             return
         fixed, one_hot = self._fixed_ratios()
-        rows = zip(('mean', 'var'), fixed.flatten().tolist(), one_hot, strict=True)
-        hold(self, {name: ratios for name, is_fixed, ratios in rows if is_fixed})
+        rows = zip(
+            ('mean', 'var'), fixed.flatten().tolist(), one_hot.argmax(-1).tolist(), strict=True
+        )
+        hold(self, {name: choice for name, is_fixed, choice in rows if is_fixed})
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         super()._apply(*args, **kwargs)
@@ -190,7 +189,7 @@ class SSN(SwitchableNorm):
         )
         for name in ('mean', 'var'):
             fixed, control = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_weight')
-            choice = torch.where(fixed > 0, _largest(control.detach()).squeeze(-1), _UNKNOWN)
+            choice = torch.where(fixed > 0, largest(control.detach()).squeeze(-1), UNKNOWN)
             # A new tensor: a layer built on the meta device gets values only now.
             setattr(self, f'{name}_choice', choice)
         self.restore_fixed()

@@ -1,8 +1,5 @@
 """SN: the softmax parent of SSN, as a baseline."""
 
-import torch
-from torch import Tensor
-
 from ssn_plugin.layers.switchable import SwitchableNorm
 
 
@@ -39,6 +36,3 @@ class SN(SwitchableNorm):
     Source:
         Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", ICLR 2019.
     """
-
-    def _ratios(self) -> tuple[Tensor, Tensor]:
-        return torch.stack((self.mean_weight, self.var_weight)).softmax(-1).unbind()

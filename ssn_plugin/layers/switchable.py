@@ -6,13 +6,17 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.functional import check_normalizers, switchable_norm
+from ssn_plugin.functional import check_normalizers
+from ssn_plugin.ops.ratio_maps import Selection, importance_ratios
+from ssn_plugin.ops.statistics import Settings
+from ssn_plugin.ops.switchable_norm import switchable_norm
 
 
 class SwitchableNorm(nn.Module):
     """Base of the layers that mix the statistics of several normalizers.
 
-    A subclass says how control parameters become importance ratios (:meth:`_ratios`).
+    A subclass says how control parameters become importance ratios: by ``_ratio_map``, and for
+    SparsestMax by what :meth:`_selection` returns.
 
     Args:
         num_features: C, the number of channels.
@@ -32,6 +36,7 @@ class SwitchableNorm(nn.Module):
     _version = 1
     _abbr_ = 'sn'  # mmcv names a norm by it: sn1, sn2, ... as in the released files
     _dims: tuple[int, ...] = (2, 3, 4, 5)
+    _ratio_map = 'softmax'
 
     def __init__(
         self,
@@ -91,8 +96,12 @@ class SwitchableNorm(nn.Module):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
+    def _selection(self) -> Selection | None:
+        return None
+
     def _ratios(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Importance ratios of the means and of the variances, (K,) each."""
+        return importance_ratios(self.mean_weight, self.var_weight, self._selection())
 
     @property
     def mean_ratios(self) -> Tensor:
@@ -124,6 +133,8 @@ class SwitchableNorm(nn.Module):
                 f'x: got {x.shape[1]} channels in shape {tuple(x.shape)}, '
                 f'expected num_features={self.num_features}'
             )
+        if not x.is_floating_point():
+            raise ValueError(f'x: got {x.dtype}, expected a floating-point tensor')
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise.
@@ -135,27 +146,32 @@ class SwitchableNorm(nn.Module):
             The shape and dtype of ``x``.
 
         Raises:
-            ValueError: If the number of dimensions or channels is not the layer's.
+            ValueError: If the number of dimensions or channels is not the layer's, or ``x`` is not
+                floating-point.
         """
         self._check_input(x)
-        momentum = self.momentum
-        if self.training and self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+        # Straight from where nn.Module keeps them, as its attribute lookup takes longer than some
+        # operators of a small input; functional_call swaps them there too.
+        parameters, buffers = self._parameters, self._buffers
+        running_mean = buffers['running_mean']
+        momentum = self.momentum or 0.0
+        if self.training and running_mean is not None:
+            batches = buffers['num_batches_tracked'].add_(1)
+            if self.momentum is None:
+                momentum = batches.to(running_mean.dtype).reciprocal()
         return switchable_norm(
             x,
-            *self._ratios(),
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
+            parameters['mean_weight'],
+            parameters['var_weight'],
+            parameters['weight'],
+            parameters['bias'],
+            running_mean,
+            buffers['running_var'],
             self.training,
             momentum,
-            self.eps,
-            self.normalizers,
-            self.num_groups,
-            self.correction,
+            self._ratio_map,
+            self._selection(),
+            Settings(self.normalizers, self.num_groups, self.correction, self.eps),
         )
 
     def extra_repr(self) -> str:

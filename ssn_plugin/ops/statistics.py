@@ -1,180 +1,261 @@
-"""From the moments of every (sample, channel) row to the statistics of IN, LN, BN and GN, and back.
+"""From the moments of every (sample, channel) row to the mixed statistics of the layer, and back.
 
 One read of x gives the row moments (mean_in, var_in), both (N, C). All else follows from them by
 the law of total variance, var = mean(var_in) + var(mean_in), never by E[x^2] - E[x]^2.
+
+Means are carried as distances from the row's own mean, which stay small where the means are large.
+A statistic has the shape of what shares it and broadcasts to (N, C): LN (N, 1), BN (C,), the others
+(N, C).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ssn_plugin.ops.ratio_maps import Ratios
+
 NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
 
 
+class Settings(NamedTuple):
+    """What a layer is, as far as its statistics go."""
+
+    normalizers: tuple[str, ...]
+    num_groups: int
+    correction: int
+    eps: float
+
+
 class Moments(NamedTuple):
-    """A mean and a variance, of shapes that broadcast to (N, C)."""
+    """A mean and a variance; a variance of None is zero, or was not asked for."""
 
     mean: Tensor
-    var: Tensor
+    var: Tensor | None
 
 
-def correct_row_variance(var: Tensor, length: int, correction: int) -> Tensor:
-    """Row variance with divisor ``length - correction``; a row of one element keeps its zero.
+class Mixed(NamedTuple):
+    """Mixed statistics and, for every candidate, what they were mixed from.
+
+    Attributes:
+        distance: Row mean minus mixed mean.
+        inverse_std: ``1 / sqrt(mixed variance + eps)``.
+        deviations: Row mean minus the candidate's mean, (N, C); None for 'IN', whose is zero, and
+            where nobody asks.
+        totals: The candidate's variance times its :func:`pool_size`; None for zero, and where
+            nobody asks.
+    """
+
+    distance: Tensor
+    inverse_std: Tensor
+    deviations: list[Tensor | None]
+    totals: list[Tensor | None]
+
+
+def row_factor(length: int, correction: int) -> float:
+    """Row variance with divisor ``length - correction``, in units of the biased one.
+
+    A row of one element keeps its zero.
 
     Args:
-        var: Biased row variance.
         length: Elements per row.
         correction: 0 or 1, as in ``torch.var``.
     """
-    return var * _row_factor(length, correction)
-
-
-def _row_factor(length: int, correction: int) -> float:
     return length / (length - 1) if correction and length > 1 else 1.0
 
 
-def _groups(normalizer: str, channels: int, num_groups: int) -> int:
-    return {'IN': channels, 'LN': 1, 'GN': num_groups}[normalizer]
-
-
-def _pool(moments: Moments, dim: int) -> Moments:
-    """Law of total variance along ``dim``."""
-    mean = moments.mean.mean(dim, keepdim=True)
-    within = moments.var.mean(dim, keepdim=True)
-    between = (moments.mean - mean).square().mean(dim, keepdim=True)
-    return Moments(mean, within + between)
-
-
-def _split(x: Tensor, groups: int) -> Tensor:
-    return x.reshape(x.shape[0], groups, -1)
-
-
-def batch_statistics(rows: Moments) -> Moments:
-    """BN statistics, shape (1, C), from row moments (N, C)."""
-    return _pool(rows, 0)
-
-
-def candidate_statistics(
-    rows: Moments, batch: Moments | None, normalizers: Sequence[str], num_groups: int
-) -> list[Moments]:
-    """Statistics of every candidate.
+def pool_size(normalizer: str, shape: tuple[int, int], num_groups: int) -> int:
+    """How many rows share a statistic.
 
     Args:
-        rows: Row moments, (N, C).
-        batch: BN statistics, (1, C): of this batch or running ones. None if BN is no candidate.
-        normalizers: Names of the candidates.
+        normalizer: Whose statistic.
+        shape: (N, C).
         num_groups: Groups of 'GN'.
-
-    Returns:
-        One pair per candidate, each expanded to (N, C).
     """
-    shape = rows.mean.shape
-    candidates = []
-    for normalizer in normalizers:
-        if normalizer == 'BN':
-            found = batch
-        elif normalizer == 'IN':
-            found = rows
-        else:
-            groups = _groups(normalizer, shape[1], num_groups)
-            found = _pool(Moments(*(_split(m, groups) for m in rows)), -1)
-            found = Moments(*(m.expand(-1, -1, shape[1] // groups).reshape(shape) for m in found))
-        candidates.append(Moments(found.mean.expand(shape), found.var.expand(shape)))
-    return candidates
+    num, channels = shape
+    if normalizer == 'IN':
+        return 1
+    if normalizer == 'GN':
+        return channels // num_groups
+    return num if normalizer == 'BN' else channels
 
 
-def mix(candidates: list[Moments], mean_ratios: Tensor, var_ratios: Tensor) -> Moments:
-    """``sum_k p_k mean_k`` and ``sum_k p'_k var_k``.
+def pool_total(values: Tensor, normalizer: str, num_groups: int) -> Tensor:
+    """Sum over the rows that share a statistic.
 
     Args:
-        candidates: K pairs of shape (N, C).
-        mean_ratios: Shape (K,).
-        var_ratios: Shape (K,).
+        values: One number per row, (N, C).
+        normalizer: Whose statistic.
+        num_groups: Groups of 'GN'.
     """
-    mean = torch.zeros_like(candidates[0].mean)
-    var = torch.zeros_like(candidates[0].var)
-    for k, candidate in enumerate(candidates):
-        mean.addcmul_(candidate.mean, mean_ratios[k])
-        var.addcmul_(candidate.var, var_ratios[k])
-    return Moments(mean, var)
+    if normalizer == 'IN':
+        return values
+    if normalizer == 'LN':
+        return values.sum(1, keepdim=True)
+    if normalizer == 'BN':
+        return values.sum(0)
+    num, channels = values.shape
+    totals = values.reshape(num, num_groups, -1).sum(-1, keepdim=True)
+    return totals.expand(-1, -1, channels // num_groups).reshape(num, channels)
 
 
-def ratio_gradients(candidates: list[Moments], grad: Moments) -> tuple[Tensor, Tensor]:
-    """Gradients of both ratio vectors from the gradient of the mixed moments, each (K,)."""
-    mean = torch.stack([(grad.mean * candidate.mean).sum() for candidate in candidates])
-    var = torch.stack([(grad.var * candidate.var).sum() for candidate in candidates])
-    return mean, var
+def _sum(terms: list[tuple], rows: Tensor, start: float = 0.0) -> Tensor:
+    """``start + sum(ratio * factor * product)``, in two dimensions, broadcasting to (N, C).
+
+    Args:
+        terms: Tuples of a ratio, a number or a 0-d tensor, another number and one or two tensors
+            to be multiplied.
+        rows: For dtype and device.
+        start: Number to begin with.
+    """
+    total = torch.full((1, 1), start, dtype=rows.dtype, device=rows.device)
+    for ratio, factor, first, *second in terms:
+        if isinstance(ratio, Tensor):
+            first, second = (first * ratio, second) if second else (first, [ratio])
+        else:
+            factor *= ratio
+        if second:
+            total = torch.addcmul(total, first, *second, value=factor)
+        else:
+            total = torch.add(total, first, alpha=factor)
+    return total
+
+
+def _dot(first: Tensor | None, second: Tensor, ratio: float | Tensor, factor: float):
+    """Inner product times ``factor``: a number where ratios are numbers, else a 0-d tensor."""
+    if first is None:
+        return 0.0 if isinstance(ratio, float) else second.new_zeros(())
+    product = torch.dot(first.reshape(-1), second.reshape(-1))
+    return (product.item() if isinstance(ratio, float) else product) * factor
+
+
+def mix_statistics(
+    rows: Moments,
+    mean_ratios: Ratios,
+    var_ratios: Ratios,
+    running: Moments | None,
+    settings: Settings,
+    batch_too: bool = False,
+) -> Mixed:
+    """Statistics of the candidates that take part, and their mixtures.
+
+    Args:
+        rows: Row moments, (N, C), the variance corrected; it may be None where every row has
+            variance zero or no candidate of ``var_ratios`` comes from rows.
+        mean_ratios: Importance ratios of the means.
+        var_ratios: Importance ratios of the variances.
+        running: Statistics that stand for those of 'BN', (C,).
+        settings: Of the layer.
+        batch_too: Whether those of 'BN' are wanted although it may take no part.
+    """
+    deviations, totals, mean_terms, var_terms = [], [], [], []
+    for k, name in enumerate(settings.normalizers):
+        too = batch_too and name == 'BN'
+        in_mean, in_var = k in mean_ratios.active or too, k in var_ratios.active or too
+        size, deviation, total = 1, None, None
+        if name == 'IN':
+            total = rows.var if in_var else None
+        elif name == 'BN' and running is not None:
+            deviation = rows.mean - running.mean if in_mean else None
+            total = running.var if in_var else None
+        elif in_mean or in_var:
+            size = pool_size(name, rows.mean.shape, settings.num_groups)
+            pooled = pool_total(rows.mean, name, settings.num_groups)
+            deviation = torch.sub(rows.mean, pooled, alpha=1 / size)
+            if in_var:
+                if rows.var is None:
+                    square = deviation.square()
+                else:
+                    square = torch.addcmul(rows.var, deviation, deviation)
+                total = pool_total(square, name, settings.num_groups)
+        if deviation is not None and k in mean_ratios.active:
+            mean_terms.append((mean_ratios.values[k], 1.0, deviation))
+        if total is not None and k in var_ratios.active:
+            var_terms.append((var_ratios.values[k], 1 / size, total))
+        deviations.append(deviation)
+        totals.append(total)
+
+    if not mean_ratios.on_simplex:
+        # x minus the mixture of means has a part of the mean itself left.
+        rest = 1.0 - sum(mean_ratios.values[k] for k in mean_ratios.active)
+        if isinstance(rest, Tensor) or rest != 0:
+            mean_terms.append((rest, 1.0, rows.mean))
+    alone = len(mean_terms) == 1 and isinstance(mean_terms[0][0], float) and mean_terms[0][0] == 1
+    distance = mean_terms[0][-1] if alone else _sum(mean_terms, rows.mean)
+    inverse_std = _sum(var_terms, rows.mean, settings.eps).rsqrt_()
+    return Mixed(distance, inverse_std, deviations, totals)
+
+
+class RowGradients(NamedTuple):
+    """What :func:`row_gradients` returns.
+
+    Attributes:
+        offset: With ``slope`` the part of dx that comes through the statistics,
+            ``slope * (x - row mean) + offset``, broadcasting to (N, C).
+        slope: None for zero, and where every row is one element.
+        mean_ratios: Index -> gradient of an importance ratio of the means that has one.
+        var_ratios: The same of the variances.
+    """
+
+    offset: Tensor
+    slope: Tensor | None
+    mean_ratios: dict[int, float | Tensor]
+    var_ratios: dict[int, float | Tensor]
 
 
 def row_gradients(
-    rows: Moments,
-    batch: Moments | None,
-    normalizers: Sequence[str],
-    num_groups: int,
-    mean_ratios: Tensor,
-    var_ratios: Tensor,
     grad: Moments,
-) -> Moments:
-    """Adjoint of row moments -> candidates -> mix.
+    rows: Moments,
+    mixed: Mixed,
+    mean_ratios: Ratios,
+    var_ratios: Ratios,
+    constant: bool,
+    settings: Settings,
+    length: int,
+) -> RowGradients:
+    """Adjoint of x -> row moments -> :func:`mix_statistics`.
 
     Args:
-        rows: Row moments, (N, C).
-        batch: BN statistics of this batch, (1, C); None if BN is no candidate or uses running
-            statistics, which are constants.
-        normalizers: Names of the candidates.
-        num_groups: Groups of 'GN'.
-        mean_ratios: Shape (K,).
-        var_ratios: Shape (K,).
-        grad: Gradient of the mixed moments, (N, C).
-
-    Returns:
-        Gradient of the row moments, (N, C).
-    """
-    shape = rows.mean.shape
-    d_mean = torch.zeros_like(rows.mean)
-    d_var = torch.zeros_like(rows.var)
-    for k, normalizer in enumerate(normalizers):
-        # Rows pooled into one statistic share its gradient: mean of the gradients to each mean and
-        # variance, and through var(mean_in) another 2 * (mean_in - mean) of the variance's.
-        if normalizer == 'IN':
-            pooled_mean, pooled_var, deviation = grad.mean, grad.var, None
-        elif normalizer == 'BN':
-            if batch is None:
-                continue
-            pooled_mean = grad.mean.mean(0, keepdim=True)
-            pooled_var = grad.var.mean(0, keepdim=True)
-            deviation = rows.mean - batch.mean
-        else:
-            groups = _groups(normalizer, shape[1], num_groups)
-            means = _split(rows.mean, groups)
-            deviation = (means - means.mean(-1, keepdim=True)).reshape(shape)
-            pooled_mean, pooled_var = (
-                _split(g, groups)
-                .mean(-1, keepdim=True)
-                .expand(-1, -1, shape[1] // groups)
-                .reshape(shape)
-                for g in grad
-            )
-        d_mean += mean_ratios[k] * pooled_mean
-        d_var += var_ratios[k] * pooled_var
-        if deviation is not None:
-            d_mean += 2 * var_ratios[k] * pooled_var * deviation
-    return Moments(d_mean, d_var)
-
-
-def element_gradients(rows: Moments, grad: Moments, length: int, correction: int) -> Moments:
-    """Gradient of x from that of its row moments, as ``dx = slope * x + offset`` per row.
-
-    Args:
-        rows: Row moments, (N, C).
-        grad: Gradient of the row mean and of the corrected row variance, (N, C).
+        grad: Gradient of the mixed mean times -1 and of the mixed variance times -2, (N, C) each.
+        rows: As given to :func:`mix_statistics`.
+        mixed: What it returned.
+        mean_ratios: As given to it.
+        var_ratios: As given to it.
+        constant: Whether running statistics stood for those of 'BN'.
+        settings: As given to it.
         length: Elements per row.
-        correction: 0 or 1.
-
-    Returns:
-        The pair (offset, slope), each (N, C).
     """
-    slope = grad.var * (2 * _row_factor(length, correction) / length)
-    return Moments(grad.mean / length - slope * rows.mean, slope)
+    grad_mean, grad_var = grad
+    shape = grad_mean.shape
+    offset_terms, slope_terms, products = [], [], []
+    dmean, dvar = {}, {}
+    for k, name in enumerate(settings.normalizers):
+        fixed = constant and name == 'BN'
+        size = 1 if fixed else pool_size(name, shape, settings.num_groups)
+        ratio = mean_ratios.values[k]
+        if k in mean_ratios.active and not fixed:
+            pooled = pool_total(grad_mean, name, settings.num_groups)
+            offset_terms.append((ratio, -1 / (size * length), pooled))
+        if k in mean_ratios.moving:
+            dmean[k] = _dot(mixed.deviations[k], grad_mean, ratio, 1.0)
+        ratio = var_ratios.values[k]
+        if k in var_ratios.active:
+            pooled = pool_total(grad_var, name, settings.num_groups)
+            if not fixed:
+                slope_terms.append((ratio, -1 / (size * length), pooled))
+                if mixed.deviations[k] is not None:
+                    products.append((*slope_terms[-1], mixed.deviations[k]))
+            if k in var_ratios.moving:
+                # A statistic that rows share meets the sum of their gradients.
+                other = grad_var if name in ('IN', 'GN') else pooled
+                dvar[k] = _dot(mixed.totals[k], other, ratio, -0.5 / size)
+    if dmean and not mean_ratios.on_simplex:
+        common = _dot(rows.mean, grad_mean, mean_ratios.values[0], -1.0)
+        dmean = {k: gradient + common for k, gradient in dmean.items()}
+
+    offset = _sum(offset_terms + products, grad_mean)
+    slope = None
+    if slope_terms and length > 1:
+        factor = row_factor(length, settings.correction)
+        slope = _sum([(r, factor * f, *t) for r, f, *t in slope_terms], grad_mean)
+    return RowGradients(offset, slope, dmean, dvar)

@@ -1,121 +1,243 @@
-"""SwitchableNormFunction: dtype policy, saved tensors and the order of the passes over x.
+"""The normalisation from the control parameters on, and the choice of who computes it.
 
-The forward reads x once for the row moments and writes y; the backward needs two sums per row and
-writes dx. For backward only x, weight and O(N * C) numbers are kept. README.md beside this file
-has the derivation.
+One autograd function covers importance ratios, statistics, normalisation and the update of the
+running statistics. For backward x, weight and O(N * C) numbers are kept, less where that is much
+beside x. README.md beside this file has the derivation.
+
+The environment variable ``SSN_BACKEND``, read when this is imported, overrules the choice: 'eager'
+for ATen, 'triton' for the kernels, on the CPU with ``TRITON_INTERPRET=1``.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+import os
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssn_plugin.ops import switchable_norm_eager as backend
-from ssn_plugin.ops.statistics import (
-    Moments,
-    batch_statistics,
-    candidate_statistics,
-    correct_row_variance,
-    element_gradients,
-    mix,
-    ratio_gradients,
-    row_gradients,
+from ssn_plugin.ops import switchable_norm_eager as eager
+from ssn_plugin.ops import switchable_norm_native as native
+from ssn_plugin.ops.ratio_maps import (
+    Ratios,
+    Selection,
+    control_gradient,
+    host_ratios,
+    importance_ratios,
+    readable,
+    unknown_ratios,
 )
+from ssn_plugin.ops.statistics import Settings
+
+_BACKEND = os.environ.get('SSN_BACKEND', '')
+if _BACKEND not in ('', 'eager', 'triton'):
+    raise ValueError(f"SSN_BACKEND: got {_BACKEND!r}, expected 'eager' or 'triton'")
 
 
-def _full_precision(x: Tensor) -> AbstractContextManager:
-    """Autocast off: what it would lower are statistics. The meta device knows no autocast."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+@cache
+def _say_that_triton_is_missing() -> None:
+    logging.getLogger(__name__).warning(
+        'Triton is not installed: SSN and SN run on ATen operators on the GPU, which is slower'
+    )
+
+
+def _fused_function(x: Tensor) -> type[torch.autograd.Function] | None:
+    """The autograd function of the Triton backend, if that takes ``x``."""
+    if _BACKEND == 'eager' or not (x.is_cuda or _BACKEND):
+        return None
+    # Not before: what helps it inside torch.compile imports Triton.
+    from ssn_plugin.ops import switchable_norm_fused as fused
+
+    if _BACKEND:
+        return None if x.dtype == torch.float64 else fused.FusedSwitchableNormFunction
+    if not fused.triton.is_available() and not torch.compiler.is_compiling():
+        _say_that_triton_is_missing()
+    return fused.FusedSwitchableNormFunction if fused.triton.supports(x) else None
+
+
+class Plan(NamedTuple):
+    """What the host knows of one call.
+
+    Attributes:
+        mean: Ratios of the means.
+        var: Ratios of the variances.
+        settings: Of the layer.
+        tracks: Whether the running statistics are updated.
+        kind: How ATen does it, where mean and variance are those of one normalizer.
+    """
+
+    mean: Ratios
+    var: Ratios
+    settings: Settings
+    tracks: bool
+    kind: native.Native | None
+
+
+def switchable_norm(
+    x: Tensor,
+    mean_control: Tensor,
+    var_control: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    ratio_map: str,
+    selection: Selection | None,
+    settings: Settings,
+) -> Tensor:
+    """Normalise, and update the running statistics; arguments are taken as valid.
+
+    Args:
+        x: Shape (N, C, ...). An empty x comes back empty.
+        mean_control: Control parameters of the means, shape (K,), or the ratios themselves.
+        var_control: The same of the variances.
+        weight: Shape (C,) or None.
+        bias: Shape (C,) or None.
+        running_mean: Shape (C,) or None. Updated in place if ``training``, unless another than 'BN'
+            is frozen as the choice of mean and variance; else used as a constant.
+        running_var: Shape (C,) or None.
+        training: Whether 'BN' uses the statistics of the batch.
+        momentum: Weight of the new value, a number or a 0-d tensor.
+        ratio_map: 'sparsestmax', 'softmax', or 'given' for ratios.
+        selection: What SparsestMax needs; None for the other maps.
+        settings: What else the layer is.
+    """
+    if x.numel() == 0:
+        return _empty_result(x, mean_control, var_control, weight, bias)
+    if 'BN' not in settings.normalizers:
+        running_mean = running_var = None
+    fused = _fused_function(x)
+    if fused is not None:
+        return fused.apply(
+            x,
+            mean_control,
+            var_control,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            ratio_map,
+            None if selection is None else selection[:5],
+            (None, None) if selection is None else selection.known(),
+            settings,
+        )
+    mean, var = host_ratios(mean_control, var_control, ratio_map, selection)
+    if mean is None or var is None:
+        mean_ratios, var_ratios = mean_control, var_control
+        if ratio_map != 'given':
+            mean_ratios, var_ratios = importance_ratios(mean_control, var_control, selection)
+        if mean is None:
+            mean_control, mean = mean_ratios, unknown_ratios(mean_ratios, ratio_map != 'given')
+        if var is None:
+            var_control, var = var_ratios, unknown_ratios(var_ratios, ratio_map != 'given')
+    if isinstance(momentum, Tensor) and readable(momentum):
+        momentum = momentum.item()
+
+    choice, tracks, kind = _only_choice(mean, var, settings), False, None
+    if running_mean is not None and training:
+        # Once others than 'BN' are frozen nobody will read its running statistics.
+        bn = settings.normalizers.index('BN')
+        frozen = mean.frozen and var.frozen
+        tracks = not frozen or bn in mean.active or bn in var.active
+    if choice is not None and (not tracks or (choice == 'BN' and not isinstance(momentum, Tensor))):
+        constant = running_mean is not None and not training
+        kind = native.kind_of(x, choice, settings, constant)
+    if training and not tracks:
+        running_mean = running_var = None
+    plan = Plan(mean, var, settings, tracks, kind)
+    return SwitchableNormFunction.apply(
+        x, mean_control, var_control, weight, bias, running_mean, running_var, momentum, plan
+    )
+
+
+def _only_choice(mean: Ratios, var: Ratios, settings: Settings) -> str | None:
+    """The normalizer whose statistics are those of the layer, if it is one."""
+    if len(mean.active) != 1 or len(var.active) != 1 or mean.active[0] != var.active[0]:
+        return None
+    k = mean.active[0]
+    return settings.normalizers[k] if mean.values[k] == var.values[k] == 1 else None
+
+
+def _empty_result(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    """``x`` itself, with every parameter in its graph at gradient zero, as BatchNorm returns it.
+
+    DistributedDataParallel would otherwise meet unused parameters on ranks without proposals.
+    """
+    touched = sum(p.to(x.dtype).sum() * 0 for p in parameters if p is not None)
+    return x + touched
 
 
 class SwitchableNormFunction(torch.autograd.Function):
-    """Forward and backward of the layer on a non-empty x; see ``functional.switchable_norm``."""
+    """Forward and backward on ATen, of a non-empty x; see :func:`switchable_norm`."""
 
     @staticmethod
     def forward(
         ctx,
         x: Tensor,
-        mean_ratios: Tensor,
-        var_ratios: Tensor,
+        mean_control: Tensor,
+        var_control: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        normalizers: Sequence[str],
-        num_groups: int,
-        correction: int,
-        eps: float,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Normalise ``x``.
+        momentum: float | Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        """Normalise.
 
         Args:
             ctx: Autograd context.
             x: Shape (N, C, ...), not empty.
-            mean_ratios: Shape (K,).
-            var_ratios: Shape (K,).
+            mean_control: Where ``plan.mean`` comes from, shape (K,); its values where it has none.
+            var_control: The same for ``plan.var``.
             weight: Shape (C,) or None.
             bias: Shape (C,) or None.
-            running_mean: Shape (C,); if given, it and ``running_var`` are the BN statistics.
-            running_var: Shape (C,).
-            normalizers: K names.
-            num_groups: Groups of 'GN'.
-            correction: 0 or 1.
-            eps: Added to the mixed variance.
+            running_mean: Shape (C,) or None. If ``plan.tracks`` it is updated in place; otherwise
+                it stands for the mean of 'BN'.
+            running_var: Shape (C,) or None.
+            momentum: Weight of the new value.
+            plan: All else.
 
         Returns:
-            y in the dtype of x, and the mean and variance of the batch, (C,), or None where BN is
-            no candidate or running statistics were given.
+            y in the dtype of x.
         """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with _full_precision(x):
-            length = x.numel() // (x.shape[0] * x.shape[1])
-            normalized, row_mean, row_var, row_scale = backend.standardize_rows(x.to(dtype))
-            rows = Moments(row_mean, correct_row_variance(row_var, length, correction))
-
-            batch, uses_batch = None, False
-            if 'BN' in normalizers:
-                uses_batch = running_mean is None
-                if uses_batch:
-                    batch = batch_statistics(rows)
-                else:
-                    batch = Moments(running_mean.to(dtype)[None], running_var.to(dtype)[None])
-            candidates = candidate_statistics(rows, batch, normalizers, num_groups)
-            mixed = mix(candidates, mean_ratios.to(dtype), var_ratios.to(dtype))
-            inverse_std = (mixed.var + eps).rsqrt()
-
-            gain = inverse_std if weight is None else inverse_std * weight.to(dtype)
-            # normalized is (x - mean_in) * row_scale: distances from the row's own mean, so that a
-            # large mean costs no digits.
-            shift = gain * (rows.mean - mixed.mean)
-            if bias is not None:
-                shift = shift + bias.to(dtype)
-            y = backend.rescale_rows_(normalized, gain / row_scale, shift).to(x.dtype)
-
-        ctx.save_for_backward(
-            x,
-            weight,
-            mean_ratios,
-            var_ratios,
-            *rows,
-            *(batch or (None, None)),
-            mixed.mean,
-            inverse_std,
-        )
+        mean, var, settings, tracks, kind = plan
+        if kind is None:
+            y, kept = eager.forward(
+                x,
+                mean.filled(mean_control, x),
+                var.filled(var_control, x),
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                tracks,
+                momentum,
+                settings,
+            )
+        else:
+            y, kept = native.forward(
+                kind, x, weight, bias, running_mean, running_var, momentum, settings.eps
+            )
+        if tracks:
+            running_mean = running_var = None
+        ctx.plan = plan
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.uses_batch = uses_batch
-        ctx.settings = (tuple(normalizers), num_groups, correction, length)
-        if not uses_batch:
-            return y, None, None
-        batch_mean, batch_var = batch.mean[0], batch.var[0]
-        ctx.mark_non_differentiable(batch_mean, batch_var)
-        return y, batch_mean, batch_var
+        # Control parameters have a few elements: kept for their dtype and device at least.
+        ctx.save_for_backward(
+            x, mean_control, var_control, weight, running_mean, running_var, *kept
+        )
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, both ratio vectors, weight and bias.
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, both control parameters, weight and bias.
 
         Args:
             ctx: Autograd context.
@@ -124,43 +246,36 @@ class SwitchableNormFunction(torch.autograd.Function):
         Returns:
             One entry per argument of the forward pass.
         """
-        (x, weight, mean_ratios, var_ratios, *saved) = ctx.saved_tensors
-        row_mean, row_var, batch_mean, batch_var, mean, inverse_std = saved
-        normalizers, num_groups, correction, length = ctx.settings
-        dtype = row_mean.dtype
-        rows = Moments(row_mean, row_var)
-        batch = None if batch_mean is None else Moments(batch_mean, batch_var)
-        with _full_precision(x):
-            values, dy = x.to(dtype), dy.to(dtype)
-            sums, products = backend.row_sums(dy, values)
-            centred = products - mean * sums  # sum over the row of dy * (x - mean)
-
-            dweight = dbias = None
-            if weight is not None:
-                dweight = (inverse_std * centred).sum(0).to(weight.dtype)
-            if ctx.bias_dtype is not None:
-                dbias = sums.sum(0).to(ctx.bias_dtype)
-
-            gain = inverse_std if weight is None else inverse_std * weight.to(dtype)
-            mixed_grad = Moments(-gain * sums, -0.5 * gain * inverse_std.square() * centred)
-            dmean_ratios = dvar_ratios = None
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                candidates = candidate_statistics(rows, batch, normalizers, num_groups)
-                dmean_ratios, dvar_ratios = ratio_gradients(candidates, mixed_grad)
-                dmean_ratios = dmean_ratios.to(mean_ratios.dtype)
-                dvar_ratios = dvar_ratios.to(var_ratios.dtype)
-
-            dx = None
-            if ctx.needs_input_grad[0]:
-                row_grad = row_gradients(
-                    rows,
-                    batch if ctx.uses_batch else None,
-                    normalizers,
-                    num_groups,
-                    mean_ratios.to(dtype),
-                    var_ratios.to(dtype),
-                    mixed_grad,
-                )
-                offset, slope = element_gradients(rows, row_grad, length, correction)
-                dx = backend.input_gradient(dy, values, gain, slope, offset).to(x.dtype)
-        return dx, dmean_ratios, dvar_ratios, dweight, dbias, None, None, None, None, None, None
+        x, mean_control, var_control, weight, running_mean, running_var, *kept = ctx.saved_tensors
+        needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        mean, var, settings, _, kind = ctx.plan
+        if kind is None:
+            dx, dmean, dvar, dweight, dbias = eager.backward(
+                dy,
+                x,
+                mean.filled(mean_control, x),
+                var.filled(var_control, x),
+                weight,
+                running_mean,
+                running_var,
+                settings,
+                kept,
+                needs_dx,
+            )
+        else:
+            dmean = dvar = {}
+            wanted = [needs_dx, needs_weight, needs_bias]
+            dx, dweight, dbias = native.backward(
+                kind, dy, x, weight, running_mean, running_var, settings.eps, kept, wanted
+            )
+        return (
+            dx,
+            control_gradient(mean, dmean, mean_control) if needs_mean else None,
+            control_gradient(var, dvar, var_control) if needs_var else None,
+            dweight.to(weight.dtype) if needs_weight else None,
+            dbias.to(ctx.bias_dtype) if needs_bias else None,
+            None,
+            None,
+            None,
+            None,
+        )

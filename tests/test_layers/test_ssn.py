@@ -1,5 +1,6 @@
 """SSN: equal to the normalizer it selects, to the paper's formulas, and strict about its input."""
 
+import copy
 import math
 
 import pytest
@@ -310,6 +311,12 @@ def test_dimensions(layer, accepted):
 
 
 @pytest.mark.parametrize('layer', [SSN, SN])
+def test_integers(layer):
+    with pytest.raises(ValueError, match=r'x: got torch\.int64, expected a floating-point tensor'):
+        layer(4)(torch.ones(2, 4, 3, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize('layer', [SSN, SN])
 @pytest.mark.parametrize('shape', [(2, 5, 4, 4), (0, 5, 4, 4), (2, 1)])
 def test_wrong_number_of_channels(layer, shape):
     with pytest.raises(ValueError, match=rf'x: got {shape[1]} channels.*expected num_features=4'):
@@ -469,6 +476,22 @@ def test_layer_in_half_precision(dtype, radius):
     assert half.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize('shape', [SHAPE, (2, CHANNELS, 96, 67)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('radius', [0.0, 0.4, 1.0])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype, radius, memory_format, shape):
+    for x in (torch.randn(shape), torch.randn(shape).to(dtype)):
+        x = x.contiguous(memory_format=memory_format)
+        upstream = torch.randn_like(x)
+        layer = SSN(CHANNELS)
+        set_radius(layer, radius)
+        expected = outputs(layer, x, upstream)
+        with torch.autocast('cpu', dtype=dtype):
+            found = outputs(layer, x, upstream)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_autocast_gives_the_dtypes_of_batch_norm(dtype):
     layer, norm = (nn.Sequential(nn.Conv2d(3, CHANNELS, 3), n) for n in (SSN(6), nn.BatchNorm2d(6)))
@@ -521,11 +544,52 @@ def test_forward_reads_no_value_on_the_host(layer, momentum, training):
         assert all(p.grad.shape == p.shape for p in (x, *module.parameters()))
 
 
-def test_compiles_to_one_graph():
-    layer = SSN(CHANNELS, radius=0.4)
-    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
-    x, upstream = torch.randn(2, *SHAPE)
-    torch.testing.assert_close(outputs(compiled, x, upstream), outputs(layer, x, upstream))
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('radius', [0.4, 1.0])
+def test_compiles_to_one_graph(radius, training, memory_format):
+    torch.compiler.reset()
+    layer = SSN(CHANNELS)
+    set_radius(layer, radius)
+    again = copy.deepcopy(layer.train(training))
+    compiled = torch.compile(again, fullgraph=True, backend='aot_eager')
+    x, upstream = (t.contiguous(memory_format=memory_format) for t in torch.randn(2, *SHAPE))
+    found = outputs(compiled, x, upstream)
+    torch.testing.assert_close(found, outputs(layer, x, upstream))
+    torch.testing.assert_close(dict(again.named_buffers()), dict(layer.named_buffers()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layer', [SSN, SN])
+def test_compiled_code_gives_the_same(layer):
+    torch.compiler.reset()
+    layer = layer(CHANNELS)
+    again = copy.deepcopy(layer)
+    compiled = torch.compile(again, fullgraph=True)
+    for _ in range(2):
+        x, upstream = torch.randn(2, *SHAPE)
+        found = outputs(compiled, x, upstream)
+        torch.testing.assert_close(found, outputs(layer, x, upstream), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dict(again.named_buffers()), dict(layer.named_buffers()))
+
+
+@pytest.mark.parametrize('radius', [0.3, 1.0])
+def test_functional_call_takes_the_tensors_it_is_given(radius):
+    source, layer = SSN(CHANNELS), SSN(CHANNELS)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_()
+        source.running_mean.normal_()
+    set_radius(source, radius)
+    tensors = dict(source.named_parameters()) | dict(source.named_buffers())
+    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(SHAPE)
+    for training in (False, True):
+        y = torch.func.functional_call(layer.train(training), tensors, x)
+        assert torch.equal(y, source.train(training)(x))
+    assert torch.equal(tensors['running_mean'], source.running_mean)
+    torch.testing.assert_close(dict(layer.state_dict()), dict(before))
 
 
 def test_layer_made_on_the_meta_device():

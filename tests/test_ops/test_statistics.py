@@ -5,145 +5,264 @@ import itertools
 import pytest
 import torch
 
+from ssn_plugin.ops import reference
+from ssn_plugin.ops.ratio_maps import Ratios
 from ssn_plugin.ops.statistics import (
     NORMALIZERS,
     Moments,
-    batch_statistics,
-    candidate_statistics,
-    correct_row_variance,
-    element_gradients,
-    mix,
-    ratio_gradients,
+    Settings,
+    mix_statistics,
+    pool_size,
+    pool_total,
+    row_factor,
     row_gradients,
 )
 
 NUM, CHANNELS, GROUPS, LENGTH = 3, 6, 2, 10
 SHAPE = (NUM, CHANNELS)
 SUBSETS = [subset for count in (2, 3, 4) for subset in itertools.combinations(NORMALIZERS, count)]
-# What each normalizer averages over, of x reshaped to (N, G, C / G, S).
-POOLED = {'IN': (3,), 'LN': (1, 2, 3), 'GN': (2, 3), 'BN': (0, 3)}
+EPS = 1e-5
+# Sets of candidates that take part, out of four: all, some, one, and not the same on both sides.
+ACTIVE = [
+    ((0, 1, 2, 3), (0, 1, 2, 3)),
+    ((0, 2), (1, 3)),
+    ((1,), (2,)),
+    ((2,), (0,)),
+    ((0,), (1, 2)),
+    ((3,), (3,)),
+]
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def settings(normalizers=NORMALIZERS, correction: int = 0) -> Settings:
+    return Settings(tuple(normalizers), GROUPS, correction, EPS)
+
+
 def rows_of(x: torch.Tensor, correction: int = 0) -> Moments:
     var, mean = torch.var_mean(x, -1, correction=0)
-    return Moments(mean, correct_row_variance(var, x.shape[-1], correction))
+    return Moments(mean, var * row_factor(x.shape[-1], correction))
 
 
-def random_rows() -> Moments:
-    return Moments(random(*SHAPE), random(*SHAPE).square())
+def ratios_of(values: torch.Tensor, on_host: bool, active=None, on_simplex=False) -> Ratios:
+    active = list(range(len(values))) if active is None else list(active)
+    listed = values.tolist() if on_host else values.unbind()
+    return Ratios(listed, active, active, on_simplex=on_simplex)
 
 
-def statistics(rows: Moments, normalizers=NORMALIZERS, batch: Moments | None = None) -> list:
-    return candidate_statistics(
-        rows, batch_statistics(rows) if batch is None else batch, normalizers, GROUPS
+def mixed_moments(rows: Moments, mixed) -> Moments:
+    return Moments(
+        (rows.mean - mixed.distance).expand(SHAPE),
+        (mixed.inverse_std**-2 - EPS).expand(SHAPE),
     )
 
 
-@pytest.mark.parametrize('normalizer', NORMALIZERS)
-def test_statistics_are_the_moments_of_x(normalizer):
-    x = random(NUM, CHANNELS, LENGTH) * 3 + 5
-    (found,) = statistics(rows_of(x), [normalizer])
-    split = x.reshape(NUM, GROUPS, -1, LENGTH)
-    var, mean = torch.var_mean(split, POOLED[normalizer], correction=0, keepdim=True)
-    expected = Moments(*(m.expand(*split.shape[:3], 1).reshape(SHAPE) for m in (mean, var)))
-    torch.testing.assert_close(found, expected)
+def assert_equals(found: Moments, expected) -> None:
+    for name, value, other in zip(('mean', 'var'), found, expected, strict=True):
+        torch.testing.assert_close(
+            value, other.expand(SHAPE), msg=lambda message, n=name: f'{n}: {message}'
+        )
 
 
+@pytest.mark.parametrize('on_host', [True, False], ids=['numbers', 'tensors'])
+@pytest.mark.parametrize('correction', [0, 1])
 @pytest.mark.parametrize('normalizer', NORMALIZERS)
-def test_corrected_statistics_are_those_of_the_release(normalizer):
-    # mean(unbiased var_in + mean_in^2) - mean^2, over the rows that share a statistic.
+def test_one_candidate_alone_is_its_definition(normalizer, correction, on_host):
     x = random(NUM, CHANNELS, LENGTH) * 3 + 5
-    mean_in, var_in = x.mean(-1), x.var(-1)
-    (found,) = statistics(rows_of(x, correction=1), [normalizer])
-    if normalizer == 'IN':
-        torch.testing.assert_close(found, Moments(mean_in, var_in))
-        return
-    groups = {'LN': 1, 'GN': GROUPS, 'BN': GROUPS}[normalizer]
-    dims = (0,) if normalizer == 'BN' else (2,)
-    split = (NUM, groups, -1)
-    mean = mean_in.reshape(split).mean(dims, keepdim=True)
-    second = (var_in + mean_in**2).reshape(split).mean(dims, keepdim=True)
-    shape = (NUM, groups, CHANNELS // groups)
-    expected = Moments(*(m.expand(shape).reshape(SHAPE) for m in (mean, second - mean**2)))
-    torch.testing.assert_close(found, expected)
+    k = NORMALIZERS.index(normalizer)
+    one_hot = torch.zeros(4, dtype=torch.float64)
+    one_hot[k] = 1
+    ratios = ratios_of(one_hot, on_host, [k] if on_host else None)
+    rows = rows_of(x, correction)
+    mixed = mix_statistics(rows, ratios, ratios, None, settings(correction=correction))
+    expected = reference.normalizer_statistics(x, normalizer, GROUPS, correction)
+    assert_equals(mixed_moments(rows, mixed), expected)
+
+
+@pytest.mark.parametrize('on_host', [True, False], ids=['numbers', 'tensors'])
+@pytest.mark.parametrize('running', [False, True], ids=['batch', 'running'])
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize('normalizers', SUBSETS, ids='-'.join)
+def test_mixture_is_the_weighted_sum(normalizers, correction, running, on_host):
+    x = random(NUM, CHANNELS, LENGTH) * 3 + 5
+    # Not summing to one: nothing may rely on that unless it is told so.
+    p, q = random(len(normalizers)), random(len(normalizers)).square()
+    batch = Moments(random(CHANNELS), random(CHANNELS).square()) if running else None
+    rows = rows_of(x, correction)
+    mixed = mix_statistics(
+        rows,
+        ratios_of(p, on_host),
+        ratios_of(q, on_host),
+        batch,
+        settings(normalizers, correction),
+    )
+    statistics = [
+        batch
+        if running and name == 'BN'
+        else reference.normalizer_statistics(x, name, GROUPS, correction)
+        for name in normalizers
+    ]
+    expected = [
+        sum(ratio * s[i].expand(SHAPE) for ratio, s in zip(ratios, statistics, strict=True))
+        for i, ratios in enumerate((p, q))
+    ]
+    assert_equals(mixed_moments(rows, mixed), expected)
+
+
+@pytest.mark.parametrize(('in_mean', 'in_var'), ACTIVE)
+def test_what_takes_no_part_is_not_computed(in_mean, in_var):
+    rows = rows_of(random(NUM, CHANNELS, LENGTH))
+    p, q = random(2, 4).softmax(-1)
+    mean, var = ratios_of(p, True, in_mean, True), ratios_of(q, True, in_var)
+    mixed = mix_statistics(rows, mean, var, None, settings())
+    for k, name in enumerate(NORMALIZERS):
+        used = k in in_mean or k in in_var
+        assert (mixed.deviations[k] is not None) == (used and name != 'IN')
+        assert (mixed.totals[k] is not None) == (k in in_var)
+
+
+def test_batch_statistics_on_demand():
+    rows = rows_of(random(NUM, CHANNELS, LENGTH))
+    only_in = ratios_of(torch.tensor([1.0, 0, 0, 0]), True, [0], True)
+    mixed = mix_statistics(rows, only_in, only_in, None, settings(), batch_too=True)
+    k = NORMALIZERS.index('BN')
+    mean = (rows.mean - mixed.deviations[k])[0]
+    torch.testing.assert_close(mean, rows.mean.mean(0))
+    expected = rows.var.mean(0) + rows.mean.var(0, correction=0)
+    torch.testing.assert_close(mixed.totals[k] / NUM, expected)
+    assert mixed.distance.abs().max() == 0
+    torch.testing.assert_close(mixed.inverse_std, (rows.var + EPS).rsqrt())
 
 
 def test_hand_worked_statistics():
     # Two samples, two channels: means 0, 2 and 4, 6, variances 1, 1 and 3, 3.
     rows = Moments(torch.tensor([[0.0, 2], [4, 6]]), torch.tensor([[1.0, 1], [3, 3]]))
-    instance, layer, batch = statistics(rows, ('IN', 'LN', 'BN'))
-    torch.testing.assert_close(instance, rows)
-    # Along channels the means 0, 2 lie 1 from 1, the means 4, 6 lie 1 from 5.
-    torch.testing.assert_close(
-        layer, Moments(torch.tensor([[1.0, 1], [5, 5]]), torch.tensor([[2.0, 2], [4, 4]]))
-    )
-    # Along samples the means 0, 4 lie 2 from 2; the variances 1, 3 have mean 2.
-    torch.testing.assert_close(
-        batch, Moments(torch.tensor([[2.0, 4], [2, 4]]), torch.tensor([[6.0, 6], [6, 6]]))
-    )
+    names = ('IN', 'LN', 'BN')
+    expected = {
+        'IN': rows,
+        # Along channels the means 0, 2 lie 1 from 1, the means 4, 6 lie 1 from 5.
+        'LN': Moments(torch.tensor([[1.0, 1], [5, 5]]), torch.tensor([[2.0, 2], [4, 4]])),
+        # Along samples the means 0, 4 lie 2 from 2; the variances 1, 3 have mean 2.
+        'BN': Moments(torch.tensor([[2.0, 4], [2, 4]]), torch.tensor([[6.0, 6], [6, 6]])),
+    }
+    for k, name in enumerate(names):
+        ratios = ratios_of(torch.eye(3)[k], True, [k], True)
+        mixed = mix_statistics(rows, ratios, ratios, None, Settings(names, 1, 0, 0.0))
+        mean = (rows.mean - mixed.distance).expand(2, 2)
+        torch.testing.assert_close(mean, expected[name].mean)
+        torch.testing.assert_close((mixed.inverse_std**-2).expand(2, 2), expected[name].var)
 
 
-def test_row_of_one_element_keeps_its_zero():
-    var = torch.zeros(2, 3)
-    for correction in (0, 1):
-        assert torch.equal(correct_row_variance(var, 1, correction), var)
-    assert correct_row_variance(torch.ones(1), 4, 1).item() == pytest.approx(4 / 3)
-    assert correct_row_variance(torch.ones(1), 4, 0).item() == 1
+def test_row_factor():
+    assert row_factor(4, 1) == pytest.approx(4 / 3)
+    assert row_factor(4, 0) == 1
+    assert row_factor(1, 1) == row_factor(1, 0) == 1  # a row of one element keeps its zero
+
+
+@pytest.mark.parametrize('normalizer', NORMALIZERS)
+def test_pools(normalizer):
+    values = random(*SHAPE)
+    split = values.reshape(NUM, GROUPS, -1)
+    expected = {
+        'IN': values,
+        'LN': values.sum(1, keepdim=True),
+        'BN': values.sum(0),
+        'GN': split.sum(-1, keepdim=True).expand_as(split).reshape(SHAPE),
+    }[normalizer]
+    torch.testing.assert_close(pool_total(values, normalizer, GROUPS), expected)
+    ones = pool_total(torch.ones(SHAPE), normalizer, GROUPS)
+    assert (ones == pool_size(normalizer, SHAPE, GROUPS)).all()
 
 
 def test_large_mean_does_not_cancel_the_variance():
     rows = Moments(torch.full(SHAPE, 1e4), torch.full(SHAPE, 1e-2))
-    for found in statistics(rows):
-        torch.testing.assert_close(found.var, rows.var, rtol=1e-6, atol=0)
+    for k in range(4):
+        ratios = ratios_of(torch.eye(4)[k], True, [k], True)
+        mixed = mix_statistics(rows, ratios, ratios, None, settings())
+        torch.testing.assert_close(
+            mixed_moments(rows, mixed).var, rows.var, rtol=1e-3, atol=0
+        )  # eps is subtracted again
 
 
-def test_given_batch_statistics_are_used_as_they_are():
-    rows, batch = random_rows(), Moments(random(1, CHANNELS), random(1, CHANNELS).square())
-    (found,) = statistics(rows, ['BN'], batch)
-    torch.testing.assert_close(found, Moments(*(m.expand(SHAPE) for m in batch)))
+def gradients(x, p, q, batch, grad, normalizers, correction, on_host, active, on_simplex):
+    """Adjoint of the mixed moments in hand-written form: dx and those of both ratio vectors."""
+    rows = rows_of(x, correction)
+    mean = ratios_of(p, on_host, active[0], on_simplex)
+    var = ratios_of(q, on_host, active[1], on_simplex)
+    given = settings(normalizers, correction)
+    mixed = mix_statistics(rows, mean, var, batch, given)
+    found = row_gradients(
+        Moments(-grad.mean, -2 * grad.var),
+        rows,
+        mixed,
+        mean,
+        var,
+        batch is not None,
+        given,
+        x.shape[-1],
+    )
+    dx = found.offset.expand(SHAPE)[..., None].expand_as(x)
+    if found.slope is not None:
+        dx = dx + found.slope.expand(SHAPE)[..., None] * (x - rows.mean[..., None])
+    return dx, found.mean_ratios, found.var_ratios
 
 
-def test_mix_is_the_weighted_sum():
-    candidates = [random_rows() for _ in range(3)]
-    p, q = random(3), random(3)
-    mixed = mix(candidates, p, q)
-    torch.testing.assert_close(mixed.mean, sum(p[k] * candidates[k].mean for k in range(3)))
-    torch.testing.assert_close(mixed.var, sum(q[k] * candidates[k].var for k in range(3)))
-
-
+@pytest.mark.parametrize('on_host', [True, False], ids=['numbers', 'tensors'])
+@pytest.mark.parametrize('length', [1, LENGTH])
+@pytest.mark.parametrize('correction', [0, 1])
 @pytest.mark.parametrize('running', [False, True], ids=['batch', 'running'])
 @pytest.mark.parametrize('normalizers', SUBSETS, ids='-'.join)
-def test_adjoint_equals_autograd(normalizers, running):
-    rows = Moments(*(m.requires_grad_() for m in random_rows()))
-    batch = None
-    if running:
-        batch = Moments(random(1, CHANNELS), random(1, CHANNELS).square())
+def test_adjoint_equals_autograd(normalizers, running, correction, length, on_host):
+    x = random(NUM, CHANNELS, length).requires_grad_()
+    batch = Moments(random(CHANNELS), random(CHANNELS).square()) if running else None
     p, q = (random(len(normalizers)).requires_grad_() for _ in range(2))
-    candidates = statistics(rows, normalizers, batch)
-    mixed = mix(candidates, p, q)
-    grad = Moments(random(*SHAPE), random(*SHAPE))
-    *expected_rows, expected_p, expected_q = torch.autograd.grad(mixed, (*rows, p, q), grad)
-
-    with torch.no_grad():
-        uses_batch = 'BN' in normalizers and not running
-        found = row_gradients(
-            rows, batch_statistics(rows) if uses_batch else None, normalizers, GROUPS, p, q, grad
+    means, variances = (
+        torch.stack(
+            [
+                (
+                    batch[i]
+                    if running and name == 'BN'
+                    else reference.normalizer_statistics(x, name, GROUPS, correction)[i]
+                ).expand(SHAPE)
+                for name in normalizers
+            ],
+            -1,
         )
-        torch.testing.assert_close(found, Moments(*expected_rows))
-        torch.testing.assert_close(ratio_gradients(candidates, grad), (expected_p, expected_q))
-
-
-@pytest.mark.parametrize('length', [1, 2, LENGTH])
-@pytest.mark.parametrize('correction', [0, 1])
-def test_element_gradients_equal_autograd(correction, length):
-    x = random(*SHAPE, length).requires_grad_()
-    rows = rows_of(x, correction)
+        for i in range(2)
+    )
     grad = Moments(random(*SHAPE), random(*SHAPE))
-    (expected,) = torch.autograd.grad(rows, x, grad)
+    expected = torch.autograd.grad((means @ p, variances @ q), (x, p, q), grad)
+
+    everything = range(len(normalizers))
     with torch.no_grad():
-        offset, slope = element_gradients(rows, grad, length, correction)
-        torch.testing.assert_close(slope[..., None] * x + offset[..., None], expected)
+        dx, dp, dq = gradients(
+            x, p, q, batch, grad, normalizers, correction, on_host, (None, None), False
+        )
+    torch.testing.assert_close(dx, expected[0])
+    for found, other in ((dp, expected[1]), (dq, expected[2])):
+        assert list(found) == list(everything)
+        values = torch.stack([torch.as_tensor(found[k], dtype=x.dtype) for k in everything])
+        torch.testing.assert_close(values, other)
+
+
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize(('in_mean', 'in_var'), ACTIVE)
+def test_adjoint_of_some_is_that_of_all_with_the_others_at_zero(in_mean, in_var, correction):
+    x = random(NUM, CHANNELS, LENGTH)
+    grad = Moments(random(*SHAPE), random(*SHAPE))
+    p, q = torch.zeros(2, 4, dtype=torch.float64)
+    p[list(in_mean)] = random(len(in_mean)).softmax(0)
+    q[list(in_var)] = random(len(in_var)).softmax(0)
+    arguments = (x, p, q, None, grad, NORMALIZERS, correction, True)
+    expected_dx, expected_dp, expected_dq = gradients(*arguments, (None, None), False)
+    dx, dp, dq = gradients(*arguments, (in_mean, in_var), True)
+    torch.testing.assert_close(dx, expected_dx)
+    assert set(dp) == set(in_mean)
+    assert set(dq) == set(in_var)
+    for k in in_var:
+        assert dq[k] == pytest.approx(expected_dq[k])
+    # On the simplex they count up to a common number.
+    offsets = [dp[k] - expected_dp[k] for k in in_mean]
+    assert offsets == pytest.approx([offsets[0]] * len(offsets))

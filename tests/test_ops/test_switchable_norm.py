@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssn_plugin import sparsestmax, switchable_norm
-from ssn_plugin.ops import reference
+from ssn_plugin.ops import reference, switchable_norm_eager
 from ssn_plugin.ops.statistics import NORMALIZERS
 
 THREE = ('IN', 'LN', 'BN')
@@ -89,8 +89,19 @@ def assert_equals_reference(arguments, rtol=1e-7, atol=1e-9, running=(None, None
     return found
 
 
+@pytest.fixture(params=['small', 'large', 'large, with little kept'])
+def size_class(request, monkeypatch):
+    """Makes small inputs go the ways of large ones."""
+    if request.param != 'small':
+        monkeypatch.setattr(switchable_norm_eager, '_MANY', 0)
+    if 'little' in request.param:
+        monkeypatch.setattr(switchable_norm_eager, '_SMALL', 0)
+    return request.param
+
+
 @pytest.mark.parametrize('correction', [0, 1])
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+@pytest.mark.usefixtures('size_class')
 def test_shapes(shape, correction):
     arguments = inputs(shape, NORMALIZERS)
     assert_equals_reference(
@@ -101,6 +112,7 @@ def test_shapes(shape, correction):
 @pytest.mark.parametrize('running', [False, True], ids=['batch', 'running'])
 @pytest.mark.parametrize('correction', [0, 1])
 @pytest.mark.parametrize('normalizers', SUBSETS, ids='-'.join)
+@pytest.mark.usefixtures('size_class')
 def test_normalizers(normalizers, correction, running):
     arguments = inputs((3, 6, 5, 4), normalizers)
     statistics = (None, None)
@@ -123,6 +135,7 @@ def test_order_of_normalizers_is_the_order_of_ratios():
 
 
 @pytest.mark.parametrize('given', [(True, False), (False, True), (False, False)])
+@pytest.mark.usefixtures('size_class')
 def test_without_weight_or_bias(given):
     x, p, q, *affine = inputs((3, 6, 5, 4))
     affine = [vector if keep else None for vector, keep in zip(affine, given, strict=True)]
@@ -130,6 +143,7 @@ def test_without_weight_or_bias(given):
 
 
 @pytest.mark.parametrize('wanted', range(5), ids=NAMES[1:])
+@pytest.mark.usefixtures('size_class')
 def test_gradient_of_one_argument_alone(wanted):
     arguments = inputs((3, 6, 5, 4))
     upstream = torch.randn_like(arguments[0])
@@ -168,12 +182,14 @@ LAYOUTS = {
 
 @pytest.mark.parametrize('correction', [0, 1])
 @pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.usefixtures('size_class')
 def test_layouts(layout, correction):
     x, *others = inputs((3, 6, 5, 4))
     assert_equals_reference((layout(x), *others), correction=correction)
 
 
 @pytest.mark.parametrize('layout', ['contiguous', *list(LAYOUTS)[:3]])
+@pytest.mark.usefixtures('size_class')
 def test_layout_of_the_upstream_gradient_does_not_matter(layout):
     arguments = inputs((3, 6, 5, 4))
     upstream = torch.randn_like(arguments[0])
@@ -198,6 +214,7 @@ def test_memory_format_is_that_of_batch_norm(shape, memory_format):
 @pytest.mark.parametrize(
     ('dims', 'memory_format'), [(4, torch.channels_last), (5, torch.channels_last_3d)]
 )
+@pytest.mark.usefixtures('size_class')
 def test_channels_last_goes_in_and_out_in_both_directions(dims, memory_format):
     arguments = inputs((2, 6, 3, 5, 4)[:dims])
     upstream = torch.randn_like(arguments[0]).contiguous(memory_format=memory_format)
@@ -208,17 +225,32 @@ def test_channels_last_goes_in_and_out_in_both_directions(dims, memory_format):
     assert_equals_reference(arguments)
 
 
-def test_in_place_activation_may_follow():
-    # As in every ResNet: y itself must not be needed by the backward.
-    arguments = inputs((3, 6, 5, 4))
-    upstream = torch.randn_like(arguments[0])
+@pytest.mark.parametrize('eval_mode', [False, True], ids=['train', 'eval'])
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', [(3, 6, 5, 4), (3, 6, 1, 1), (3, 6)], ids=str)
+@pytest.mark.parametrize('one_hot', [False, True])
+@pytest.mark.usefixtures('size_class')
+def test_in_place_activation_may_follow(shape, channels_last, eval_mode, one_hot):
+    # As in every ResNet: y must not be needed by the backward, nor be a view.
+    x, *rest = inputs(shape)
+    if channels_last and len(shape) == 4:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    if one_hot:
+        rest[:2] = (torch.tensor([0.0, 0.0, 1.0], dtype=x.dtype, requires_grad=True),) * 2
+    running = (torch.zeros(6, dtype=x.dtype), torch.ones(6, dtype=x.dtype))
+    upstream = torch.randn_like(x)
     found, expected = (
-        results(lambda *a, f=activation: f(switchable_norm(*a)), arguments, upstream)
+        results(
+            lambda *a, f=activation: f(switchable_norm(*a, *running, training=not eval_mode)),
+            (x, *rest),
+            upstream,
+        )
         for activation in (torch.relu_, torch.relu)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures('size_class')
 def test_input_is_not_modified():
     arguments = inputs((3, 6, 5, 4))
     before = [argument.clone() for argument in arguments]
@@ -256,6 +288,7 @@ def test_half_input_with_float32_parameters(dtype):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures('size_class')
 def test_half_precision_is_computed_in_float32(dtype):
     # The only rounding is that of x, y and dx: the rest is what float32 gives.
     x, *others = (argument.float() for argument in inputs((4, 6, 8, 8)))
@@ -294,6 +327,7 @@ def test_autocast_changes_nothing(dtype):
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 @pytest.mark.parametrize('mean', [1e2, 1e3, 1e4])
 @pytest.mark.parametrize('only', [*THREE, None])
+@pytest.mark.usefixtures('size_class')
 def test_large_mean_with_small_variance(only, mean, layout):
     # x itself is exact in float32; computing with it costs digits in proportion to mean / std, as
     # it does in ATen's BatchNorm, and never in proportion to its square.

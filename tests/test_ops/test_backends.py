@@ -1,0 +1,130 @@
+"""The choice of the backend: by device, by environment variable, and what is said of it."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssn_plugin import SN, SSN, set_radius, switchable_norm
+from ssn_plugin.ops import switchable_norm as ops
+from ssn_plugin.ops import switchable_norm_triton
+
+pytest.importorskip('triton')
+pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')  # of NumPy
+SHAPE = (3, 6, 5, 4)
+
+
+def imported(value: str) -> subprocess.CompletedProcess:
+    code = (
+        'import sys, torch\n'
+        'from ssn_plugin import SSN\n'
+        'SSN(4)(torch.randn(2, 4, 3, 3)).mean().backward()\n'
+        'print("triton" in sys.modules)\n'
+    )
+    environment = {'SSN_BACKEND': value, 'TRITON_INTERPRET': '1'}
+    return subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(('value', 'runs'), [('', False), ('eager', False), ('triton', True)])
+def test_environment_variable(value, runs):
+    result = imported(value)
+    assert result.stdout == f'{runs}\n', result.stderr
+
+
+def test_bad_environment_variable_is_one_line():
+    result = imported('cuda')
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == "ValueError: SSN_BACKEND: got 'cuda', expected 'eager' or 'triton'"
+
+
+def results(layer, x, upstream, backend, monkeypatch) -> dict[str, torch.Tensor]:
+    monkeypatch.setattr(ops, '_BACKEND', backend)
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    parameters = dict(layer.named_parameters())
+    gradients = torch.autograd.grad(y, [x, *parameters.values()], upstream)
+    found = dict(zip(('y', 'x', *parameters), (y, *gradients), strict=True))
+    return found | {f'buffer {name}': b.clone() for name, b in layer.named_buffers()}
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('radius', [0.0, 0.3, 1.0, None])
+def test_backends_agree(radius, momentum, training, monkeypatch):
+    # The kernels through the interpreter: what they are given and what becomes of their results.
+    layer = SN(6, momentum=momentum) if radius is None else SSN(6, momentum=momentum)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.1)
+    if radius is not None:
+        set_radius(layer, radius)
+    again = copy.deepcopy(layer.train(training))
+    x, upstream = torch.randn(2, *SHAPE)
+    expected = results(layer, x, upstream, 'eager', monkeypatch)
+    found = results(again, x, upstream, 'triton', monkeypatch)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert 'Fused' in type(again(x).grad_fn).__name__
+
+
+def test_functional_on_the_kernels(monkeypatch):
+    x = torch.randn(SHAPE)
+    p = torch.tensor([0.2, 0.3, 0.5])
+    expected = switchable_norm(x, p, p)
+    monkeypatch.setattr(ops, '_BACKEND', 'triton')
+    torch.testing.assert_close(switchable_norm(x, p, p), expected)
+    exact = switchable_norm(x.double(), p.double(), p.double())  # float64 is not theirs
+    torch.testing.assert_close(exact.float(), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_gradients_have_the_dtypes_of_the_parameters(dtype, monkeypatch):
+    monkeypatch.setattr(ops, '_BACKEND', 'triton')
+    layer = SSN(6).to(dtype)
+    y = layer(torch.randn(SHAPE, dtype=dtype))
+    y.backward(torch.randn_like(y))
+    assert all(parameter.grad.dtype == dtype for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_kernels_inside_one_compiled_graph(backend, monkeypatch):
+    torch.compiler.reset()
+    layer = SSN(6, radius=0.3)
+    again = copy.deepcopy(layer)
+    x, upstream = torch.randn(2, *SHAPE)
+    expected = results(layer, x, upstream, 'eager', monkeypatch)
+    compiled = torch.compile(again, fullgraph=True, backend=backend)
+    monkeypatch.setattr(ops, '_BACKEND', 'triton')
+    x.requires_grad_()
+    y = compiled(x)
+    torch.testing.assert_close(y, expected['y'])
+    gradients = torch.autograd.grad(y, [x, *again.parameters()], upstream)
+    names = ('x', *dict(again.named_parameters()))
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again.running_var, expected['buffer running_var'])
+
+
+def test_missing_triton_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(switchable_norm_triton, '_INSTALLED', False)
+    ops._say_that_triton_is_missing.cache_clear()
+    with FakeTensorMode(), caplog.at_level(logging.WARNING):
+        x = torch.empty(SHAPE, device='cuda')  # has no values, but a device
+        for _ in range(2):
+            assert ops._fused_function(x) is None
+    (record,) = caplog.records
+    assert 'Triton is not installed' in record.message
+    assert '\n' not in record.message
+    ops._say_that_triton_is_missing.cache_clear()
