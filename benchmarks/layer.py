@@ -119,6 +119,8 @@ def measure(
     x = torch.randn(shape.size, device=device, dtype=dtype).requires_grad_()
     dy = torch.randn_like(x)
     layers = {name: make(shape.size[1]).to(device) for name, make in LAYERS.items()}
+    if shape.size[2:] == (1, 1):
+        del layers['InstanceNorm2d']  # it refuses rows of one element
     target = torch.empty_like(x)
     steps = {name: functools.partial(run_once, layer, x, dy) for name, layer in layers.items()}
     steps['copy'] = lambda: {'both': seconds(lambda: target.copy_(x.detach()), device)}
@@ -180,15 +182,16 @@ def print_table(rows: list[dict], mode: str = 'both') -> None:
     print(f'\n{mode}: time as a ratio to nn.BatchNorm2d (median of interleaved rounds)')
     names = [name for name in LAYERS if name != 'BatchNorm2d']
     print(' ' * width + ' '.join(f'{name:>{max(len(name), 7)}}' for name in names))
-    lines = {place: [cells[place, name] for name in names] for place in places}
-    columns = list(zip(*lines.values(), strict=True))
-    lines['geometric mean'] = [geometric_mean(column) for column in columns]
-    lines['largest'] = [max(column) for column in columns]
+    lines = {place: [cells.get((place, name)) for name in names] for place in places}
+    columns = [[r for r in column if r is not None] for column in zip(*lines.values(), strict=True)]
+    lines['geometric mean'] = [geometric_mean(column) if column else None for column in columns]
+    lines['largest'] = [max(column, default=None) for column in columns]
     for place, values in lines.items():
+        texts = ('-' if value is None else f'{value:.3f}' for value in values)
         print(
             f'{place:{width}}'
             + ' '.join(
-                f'{value:{max(len(name), 7)}.3f}' for name, value in zip(names, values, strict=True)
+                f'{text:>{max(len(name), 7)}}' for text, name in zip(texts, names, strict=True)
             )
         )
 

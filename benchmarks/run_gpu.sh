@@ -23,7 +23,7 @@ start=$SECONDS
 "$PYTHON" benchmarks/layer.py --device cuda --dtype bfloat16 --seconds 2 --rounds 50
 "$PYTHON" benchmarks/sparsestmax.py --device cuda
 if "$PYTHON" -c 'import mmdet, mmseg' 2>/dev/null; then
-    "$PYTHON" benchmarks/training_step.py --device cuda --height 800 --width 1344 --seconds 20
+    "$PYTHON" benchmarks/training_step.py --device cuda --height 800 --width 1344 --rois 512 --seconds 20
 else
     echo 'training_step.py was not run: mmdet or mmseg is not installed'
 fi

@@ -1,7 +1,7 @@
 """What a whole training step costs with SSN, BN, GN and SN: Mask R-CNN R50-FPN and DeepLabV3+ R50.
 
     python benchmarks/training_step.py                                   # CPU, reduced images
-    python benchmarks/training_step.py --device cuda --height 800 --width 1344
+    python benchmarks/training_step.py --device cuda --height 800 --width 1344 --rois 512
 
 Models and optimizers are those of the shipped configs, from random weights, with nothing frozen;
 images and labels are random. A step is forward, losses, backward and optimizer: ``train_step``.
@@ -33,12 +33,13 @@ NETWORKS = {
 }
 
 
-def built(network: str, norm: str, device: torch.device) -> tuple[nn.Module, object]:
+def built(network: str, norm: str, rois: int, device: torch.device) -> tuple[nn.Module, object]:
     """A model and its optimizer wrapper.
 
     Args:
         network: Of NETWORKS.
         norm: 'BN', 'SSN undecided', 'SSN decided', 'GN' or 'SN'.
+        rois: Regions per image that the heads of a detector are trained on.
         device: Where.
     """
     scope, name = NETWORKS[network]
@@ -53,6 +54,10 @@ def built(network: str, norm: str, device: torch.device) -> tuple[nn.Module, obj
     # Live statistics in every norm: mmdet would freeze those of BN, and so compare another task.
     cfg.model.backbone.norm_eval = False
     cfg.model.backbone.frozen_stages = -1
+    if network == 'mask-rcnn':
+        cfg.model.train_cfg.rcnn.sampler.num = rois
+    else:
+        cfg.model.data_preprocessor.update(size=None, size_divisor=1)  # not padded to the crop size
     if stem == 'bn':
         _replace_sync_bn(cfg.model)
     torch.manual_seed(0)
@@ -153,8 +158,11 @@ def main() -> None:
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
     parser.add_argument('--height', type=int, default=256, help='default: %(default)s')
     parser.add_argument('--width', type=int, default=416, help='default: %(default)s')
+    parser.add_argument(
+        '--rois', type=int, default=64, help='per image in Mask R-CNN (default: %(default)s)'
+    )
     parser.add_argument('--rounds', type=int, default=12, help='rounds per network, at most')
-    parser.add_argument('--seconds', type=float, default=100, help='per network, about')
+    parser.add_argument('--seconds', type=float, default=80, help='per network, about')
     args = parser.parse_args()
     device = torch.device(args.device)
     require_parity(device)
@@ -163,7 +171,9 @@ def main() -> None:
     for network in NETWORKS:
         data = batch(network, args.height, args.width)
         steps = {
-            norm: functools.partial(run_once, *built(network, norm, device), data, device)
+            norm: functools.partial(
+                run_once, *built(network, norm, args.rois, device), data, device
+            )
             for norm in ('BN', 'SSN undecided', 'SSN decided', 'GN', 'SN')
         }
         times = defaultdict(list)
@@ -176,6 +186,7 @@ def main() -> None:
                 {
                     'network': network,
                     'images': f'2x3x{args.height}x{args.width}',
+                    'rois': args.rois if network == 'mask-rcnn' else '',
                     'norm': norm,
                     's': f'{taken.median:.4f}',
                     's_p20': f'{taken.p20:.4f}',

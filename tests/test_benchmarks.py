@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -100,3 +99,88 @@ def test_classification_shapes_are_those_of_the_backbone(benchmark):
         model = MODELS.build(dict(type='SSNResNet', depth=50))
     found = inputs_of(model, lambda model: model(torch.empty(32, 3, 224, 224, device='meta')))
     assert found == table(benchmark('shapes').IMAGENET)
+
+
+@pytest.fixture
+def run(benchmark, monkeypatch, tmp_path):
+    """Runs a script with arguments, after one test of parity; returns the rows that it writes."""
+
+    def run(name, *arguments):
+        script = benchmark(name)
+        monkeypatch.setattr(benchmark('records'), 'RESULTS', tmp_path)
+        monkeypatch.setattr(benchmark('parity'), 'TESTS', ['tests/test_public_api.py'])
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *arguments])
+        script.main()
+        (path,) = tmp_path.iterdir()
+        return list(csv.DictReader(path.read_text().splitlines()))
+
+    return run
+
+
+def test_layer(run, capsys):
+    rows = run('layer', '--only', 'image pool', '--rounds', '3')
+    medians = {row['layer']: float(row['ratio']) for row in rows if row['mode'] == 'both'}
+    assert medians.pop('BatchNorm2d') == 1
+    assert {'SSN undecided', 'SSN all BN', 'SN', 'straightforward SSN'} <= set(medians)
+    assert 'InstanceNorm2d' not in medians  # rows of one element
+    assert all(float(row['peak_mb']) > 0 and row['commit'] for row in rows)
+    shown = capsys.readouterr().out
+    assert f'{medians["SSN undecided"]:.3f}' in shown
+    assert 'geometric mean' in shown
+
+
+def test_layer_without_a_shape(run):
+    with pytest.raises(SystemExit, match=r"layer.py: --only: got 'nowhere', expected a part of"):
+        run('layer', '--only', 'nowhere')
+
+
+def test_sparsestmax(run, benchmark, monkeypatch):
+    benchmark('sparsestmax')
+    monkeypatch.setattr(sys.modules['sparsestmax'], 'SIZES', ((2, 3),))
+    rows = run('sparsestmax', '--rounds', '3')
+    assert {row['function'] for row in rows} == {'softmax', 'sparsestmax', 'recursion of the paper'}
+    assert {row['ratio'] for row in rows if row['function'] == 'softmax'} == {'1.00'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('network', ['mask-rcnn', 'deeplabv3plus'])
+@pytest.mark.parametrize('norm', ['BN', 'SSN decided'])
+def test_training_step(benchmark, network, norm):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    script, cpu = benchmark('training_step'), torch.device('cpu')
+    model, optim_wrapper = script.built(network, norm, 4, cpu)
+    layers = [module for module in model.modules() if isinstance(module, SSN)]
+    assert all(None not in layer.selected for layer in layers)
+    assert bool(layers) == (norm == 'SSN decided')
+    before = model.backbone.conv1.weight.clone()
+    figures = script.run_once(model, optim_wrapper, script.batch(network, 64, 96), cpu)
+    assert figures['step'] > 0
+    assert not torch.equal(model.backbone.conv1.weight, before)
+
+
+def test_no_figure_where_parity_fails(benchmark, monkeypatch, tmp_path):
+    parity = benchmark('parity')
+    wrong = tmp_path / 'test_wrong.py'
+    wrong.write_text('def test_wrong():\n    assert 1 + 1 == 3\n')
+    monkeypatch.setattr(parity, 'TESTS', [str(wrong)])
+    with pytest.raises(SystemExit, match='nothing was measured'):
+        parity.require_parity(torch.device('cpu'))
+
+
+def test_straightforward_layer_computes_the_same(benchmark):
+    layer = benchmark('layer').ssn(6).double()
+    radius = layer.radius.item()  # rounded to float32
+    plain = benchmark('straightforward').StraightforwardSSN(6, radius).double()
+    x = torch.randn(3, 6, 5, 4, dtype=torch.float64)
+    dy = torch.randn_like(x)
+    found = []
+    for module in (plain, layer):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(dy)
+        gradients = [leaf.grad, module.mean_weight.grad, module.var_weight.grad]
+        gradients += [module.weight.grad.flatten(), module.bias.grad.flatten()]
+        found.append([y.detach(), *gradients])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
