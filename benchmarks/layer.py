@@ -209,7 +209,7 @@ def main() -> None:
         help='of x',
     )
     parser.add_argument('--rounds', type=int, default=25, help='rounds per shape, at most')
-    parser.add_argument('--seconds', type=float, default=8.0, help='per shape, about')
+    parser.add_argument('--seconds', type=float, default=6.0, help='per shape, about')
     parser.add_argument('--only', default='', help='shapes whose place contains this text')
     parser.add_argument('--name', help='name of the results file (default: layer_DEVICE_DTYPE)')
     args = parser.parse_args()

@@ -80,7 +80,7 @@ def main() -> None:
             for name, function in functions(size[0]).items()
         }
         times = defaultdict(lambda: defaultdict(list))
-        for name, figures in interleaved(steps, args.rounds, budget=10):
+        for name, figures in interleaved(steps, args.rounds, budget=5):
             for mode, value in figures.items():
                 times[name][mode].append(value)
         for name, modes in times.items():

@@ -162,7 +162,7 @@ def main() -> None:
         '--rois', type=int, default=64, help='per image in Mask R-CNN (default: %(default)s)'
     )
     parser.add_argument('--rounds', type=int, default=12, help='rounds per network, at most')
-    parser.add_argument('--seconds', type=float, default=80, help='per network, about')
+    parser.add_argument('--seconds', type=float, default=70, help='per network, about')
     args = parser.parse_args()
     device = torch.device(args.device)
     require_parity(device)
