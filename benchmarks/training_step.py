@@ -5,6 +5,9 @@
 
 Models and optimizers are those of the shipped configs, from random weights, with nothing frozen;
 images and labels are random. A step is forward, losses, backward and optimizer: ``train_step``.
+
+What random features propose would decide how much the mask head and non-maximum suppression have to
+do. So every image has as many objects as its share of positive regions, and few proposals go in.
 """
 
 import argparse
@@ -56,6 +59,7 @@ def built(network: str, norm: str, rois: int, device: torch.device) -> tuple[nn.
     cfg.model.backbone.frozen_stages = -1
     if network == 'mask-rcnn':
         cfg.model.train_cfg.rcnn.sampler.num = rois
+        cfg.model.train_cfg.rpn_proposal.nms_pre = rois
     else:
         cfg.model.data_preprocessor.update(size=None, size_divisor=1)  # not padded to the crop size
     if stem == 'bn':
@@ -84,32 +88,32 @@ def _replace_sync_bn(node: object) -> None:
             _replace_sync_bn(child)
 
 
-def batch(network: str, height: int, width: int) -> dict:
+def batch(network: str, height: int, width: int, rois: int) -> dict:
     """Two random images and labels.
 
     Args:
         network: Of NETWORKS.
         height: Of the images.
         width: Of the images.
+        rois: As for :func:`built`.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
         for _ in range(2)
     ]
-    make = _detection_sample if network == 'mask-rcnn' else _segmentation_sample
-    return {
-        'inputs': inputs,
-        'data_samples': [make(height, width, generator) for _ in range(2)],
-    }
+    if network == 'mask-rcnn':
+        samples = [_detection_sample(height, width, rois // 4, generator) for _ in range(2)]
+    else:
+        samples = [_segmentation_sample(height, width, generator) for _ in range(2)]
+    return {'inputs': inputs, 'data_samples': samples}
 
 
-def _detection_sample(height: int, width: int, generator: torch.Generator):
+def _detection_sample(height: int, width: int, count: int, generator: torch.Generator):
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
-    count = 8
     corner = torch.rand(count, 2, generator=generator) * 0.6
     extent = 0.1 + 0.25 * torch.rand(count, 2, generator=generator)
     boxes = torch.cat([corner, corner + extent], 1) * torch.tensor([width, height] * 2)
@@ -169,7 +173,7 @@ def main() -> None:
     origin = provenance(device)
     rows = []
     for network in NETWORKS:
-        data = batch(network, args.height, args.width)
+        data = batch(network, args.height, args.width, args.rois)
         steps = {
             norm: functools.partial(
                 run_once, *built(network, norm, args.rois, device), data, device

@@ -154,7 +154,7 @@ def test_training_step(benchmark, network, norm):
     assert all(None not in layer.selected for layer in layers)
     assert bool(layers) == (norm == 'SSN decided')
     before = model.backbone.conv1.weight.clone()
-    figures = script.run_once(model, optim_wrapper, script.batch(network, 64, 96), cpu)
+    figures = script.run_once(model, optim_wrapper, script.batch(network, 64, 96, 4), cpu)
     assert figures['step'] > 0
     assert not torch.equal(model.backbone.conv1.weight, before)
 
