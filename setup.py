@@ -58,11 +58,13 @@ extras = {
     'seg': [line for line in onedl if not line.startswith('onedl-mmdetection')],
     'original': requirements('original'),
     'triton': ['triton>=3.0; platform_system == "Linux"'],
+    'deploy': requirements('deploy'),
     'demo': requirements('demo'),
-    'test': requirements('demo') + requirements('test'),
+    'docs': requirements('docs'),
+    'test': requirements('demo') + requirements('deploy') + requirements('test'),
     'dev': requirements('dev'),
 }
-extras['all'] = sorted({line for name in ('det', 'seg', 'test', 'dev') for line in extras[name]})
+extras['all'] = sorted({line for name in ('det', 'seg', 'test', 'docs', 'dev') for line in extras[name]})
 
 setup(
     name='ssn_plugin',

@@ -63,7 +63,7 @@ FAMILIES = {
 }
 DISK_CPU = (2, 1)  # measured 1.8 and 0.3 with the CPU build of torch
 
-EXTRAS = ['demo', 'test', 'dev']
+EXTRAS = ['demo', 'deploy', 'test', 'docs', 'dev']
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)  # the pinned numpy has wheels for these
 STAMP, LOCK = 'setup.stamp', 'setup.lock'
 
