@@ -12,6 +12,14 @@ from ssn_plugin.ops.statistics import Settings
 from ssn_plugin.ops.switchable_norm import switchable_norm
 
 
+def _recomputes() -> bool:
+    """Whether gradient checkpointing runs a forward pass of this step once more.
+
+    It does so inside the backward pass. A compiled graph cannot ask.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class SwitchableNorm(nn.Module):
     """Base of the layers that mix the statistics of several normalizers.
 
@@ -153,10 +161,16 @@ class SwitchableNorm(nn.Module):
         # Straight from where nn.Module keeps them, as its attribute lookup takes longer than some
         # operators of a small input; functional_call swaps them there too.
         parameters, buffers = self._parameters, self._buffers
-        running_mean = buffers['running_mean']
+        running_mean, running_var = buffers['running_mean'], buffers['running_var']
         momentum = self.momentum or 0.0
         if self.training and running_mean is not None:
-            batches = buffers['num_batches_tracked'].add_(1)
+            batches = buffers['num_batches_tracked']
+            if _recomputes():
+                # This batch is in them already. Copies rather than none: what is saved for backward
+                # must be what the first pass saved.
+                running_mean, running_var = running_mean.clone(), running_var.clone()
+            else:
+                batches.add_(1)
             if self.momentum is None:
                 momentum = batches.to(running_mean.dtype).reciprocal()
         return switchable_norm(
@@ -166,7 +180,7 @@ class SwitchableNorm(nn.Module):
             parameters['weight'],
             parameters['bias'],
             running_mean,
-            buffers['running_var'],
+            running_var,
             self.training,
             momentum,
             self._ratio_map,
