@@ -10,7 +10,7 @@ RUN := $(VENV)/bin/python
 export PIP_REQUIRE_VIRTUALENV := 1
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help setup demo demo-seg test test-fast test-pretrain bench lint format clean
+.PHONY: help setup demo demo-seg test test-fast test-pretrain bench docs lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -40,6 +40,10 @@ bench: setup  ## the benchmarks of the CPU (10 minutes; leave the machine alone 
 	$(RUN) benchmarks/layer.py
 	$(RUN) benchmarks/sparsestmax.py
 	$(RUN) benchmarks/training_step.py
+
+docs: setup  ## build the documentation into build/docs; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -q -b html -c docs -d build/doctrees . build/docs
+	@echo build/docs/index.html
 
 lint: setup  ## check style and formatting
 	$(RUN) -m ruff check .

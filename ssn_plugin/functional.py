@@ -25,7 +25,7 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
 
     .. math::
         \mathrm{SparsestMax}(z; r) = \arg\min_p \lVert p - z \rVert_2
-        \quad \text{s.t.} \quad p \ge 0,\ \textstyle\sum_k p_k = 1,\ \lVert p - u \rVert_2 \ge r
+        \quad \text{s.t.} \quad p \ge 0,\ \sum_k p_k = 1,\ \lVert p - u \rVert_2 \ge r
 
     with the centre :math:`u = (1/K, ..., 1/K)`. A radius of 0 or less is sparsemax; from the
     circumradius :math:`\sqrt{(K-1)/K}` on, p is exactly one-hot (1.0 and 0.0).
