@@ -64,7 +64,9 @@ extras = {
     'test': requirements('demo') + requirements('deploy') + requirements('test'),
     'dev': requirements('dev'),
 }
-extras['all'] = sorted({line for name in ('det', 'seg', 'test', 'docs', 'dev') for line in extras[name]})
+extras['all'] = sorted(
+    {line for name in ('det', 'seg', 'test', 'docs', 'dev') for line in extras[name]}
+)
 
 setup(
     name='ssn_plugin',

@@ -161,3 +161,17 @@ def test_inference_interfaces(trained, folder, monkeypatch):
         found = inference_model(model, str(picture))
         assert found.pred_sem_seg.data.shape == (1, 128, 160)
         assert np.isfinite(found.seg_logits.data.numpy()).all()
+
+
+def test_resume_reads_the_latest_checkpoint_first(folder, tmp_path):
+    """Before mmengine, which would unpickle what is refused."""
+    (tmp_path / 'iter_3.pth').write_text('<html>404</html>')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_3.pth'))
+    command = [ROOT / 'tools/train.py', CONFIGS['mmdet'], '--work-dir', tmp_path, '--resume']
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    said = f'train.py: resume: {tmp_path}/iter_3.pth: not a checkpoint of torch'
+    assert result.stderr.splitlines()[-1] == said
+    assert 'Traceback' not in result.stderr

@@ -66,6 +66,7 @@ def main() -> None:
             'ssn_plugin': __version__,
             'made_by': f'warm start from BatchNorm at a ratio of {args.bn_ratio}',
             'stem_padding': STEM_PADDING,
+            'normalizers': list(args.normalizers),
         }
         write_checkpoint({'meta': meta, 'state_dict': state}, args.out, args.overwrite)
     except (CheckpointError, ValueError) as error:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import pickle
+import pickletools
 import re
 import tempfile
 from collections import OrderedDict
@@ -106,21 +107,39 @@ def explain_load_error(path: str, error: Exception) -> CheckpointError:
     text = ' '.join(str(error).split())
     # A text whose first letter means such an instruction names no type, or one of several words.
     wanted = re.search(r'GLOBAL ([\w.]*\w) (was|whose)', text)
-    if isinstance(error, pickle.UnpicklingError) and wanted:
+    if isinstance(error, pickle.UnpicklingError) and wanted and not _ends_early(path):
         return CheckpointError(
             f'{path}: refused, because reading it would run code: it holds a pickled {wanted[1]} '
             f'and not weights alone; if you trust it, set {ALLOW_PICKLE}=1 or give a tool '
             '--allow-pickle'
         )
-    if 'invalid load key' in text or 'Unsupported operand' in text or 'GLOBAL' in text:
+    if 'invalid load key' in text or 'Unsupported operand' in text:
         return CheckpointError(f'{path}: not a checkpoint of torch')
-    said = f'{type(error).__name__}: {text[:200]}'.removesuffix(': ')
     # A file that ends early makes readers of zip, pickle and storages fail in ways of their own;
     # seeking before its beginning is one.
     of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
     if isinstance(error, EOFError) or not (of_disk or '://' in path):
-        return CheckpointError(f'{path}: truncated, or not a checkpoint of torch ({said})')
+        return CheckpointError(f'{path}: truncated, or not a checkpoint of torch')
+    said = f'{type(error).__name__}: {text[:200]}'.removesuffix(': ')
     return CheckpointError(f'{path}: cannot be read: {said}')
+
+
+def _ends_early(path: str) -> bool:
+    """Whether a file of torch's old format ends within its pickles, maybe amid a type's name."""
+    try:
+        with open(path, 'rb') as file:
+            if file.peek(2)[:2] == b'PK':  # a zip, which fails in another way
+                return False
+            for _ in range(5):  # magic number, protocol, system, what was saved, keys of storages
+                for _ in pickletools.genops(file):
+                    pass
+                if not file.peek(1):
+                    break
+    except OSError:  # an address
+        return False
+    except ValueError:
+        return True
+    return False
 
 
 def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict:

@@ -16,6 +16,7 @@ from ssn_plugin.checkpoint.files import (
 from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
 from ssn_plugin.checkpoint.release import RELEASES
 from ssn_plugin.checkpoint.selection import histogram, selections
+from ssn_plugin.checkpoint.traits import told_traits
 
 
 def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, str]:
@@ -46,16 +47,22 @@ def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> d
         backbone, left_out = weights, ()
         report['network'] = f'no ResNet known here; its keys are {shown(list(weights))}'
     else:
-        prefix = " under 'backbone.'" if 'backbone.' in next(iter(weights)) else ''
+        inside = any(key.startswith('backbone.') for key in weights)
+        prefix = " under 'backbone.'" if inside else ''
         report['network'] = f'{describe(backbone)}{prefix}'
     report['weights'] = f'{len(weights)} entries, {numbers / 1e6:.2f} million numbers'
     kinds = Counter(norm_layers(backbone).values())
     report['norm layers'] = (
         ', '.join(f'{count} {kind}' for kind, count in kinds.most_common()) or 'none'
     )
-    chosen = selections(backbone)
+    beside = Counter(norm_layers({key: weights[key] for key in left_out}).values())
+    if beside:
+        report['norms elsewhere'] = ', '.join(f'{n} {kind}' for kind, n in beside.most_common())
+    told = told_traits(checkpoint)
+    if 'normalizers' in told:
+        report['candidates'] = ', '.join(told['normalizers'])
+    chosen = selections(backbone, told.get('normalizers'))
     if kinds['SSN']:
-        # Candidates are not named in a file.
         report['selection'] = _by_stage(chosen)
     classifier = [key for key in weights if is_classifier(key)]
     if classifier:

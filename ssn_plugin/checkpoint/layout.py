@@ -162,15 +162,32 @@ def backbone_of(
         raise CheckpointError(f'{path}: holds no ResNet: its keys are {shown(list(state))}')
     if unknown:
         raise CheckpointError(f'{path}: holds keys that no ResNet has: {shown(unknown)}')
-    pools = _pools_before(found, 'layer2.0.downsample')
-    named = OrderedDict()
-    for name, value in found.items():
-        shortcut, below, rest = name.partition('.downsample.')
-        if below and pools and not _pools_before(found, shortcut + '.downsample'):
+    names = our_names(found)
+    return OrderedDict((names[key], value) for key, value in found.items()), tuple(left_out)
+
+
+def our_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What each key of a ResNet's state dict is called in ``SSNResNet`` of mmdet and mmseg.
+
+    Args:
+        state: State dict of the backbone alone, of any origin.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin.checkpoint.layout import our_names
+        >>> our_names({'layer1.0.bn1.weight': torch.ones(8)})
+        {'layer1.0.bn1.weight': 'layer1.0.sn1.weight'}
+    """
+    pools = _pools_before(state, 'layer2.0.downsample')
+    names = {}
+    for key in state:
+        shortcut, below, rest = key.partition('.downsample.')
+        if below and pools and not _pools_before(state, shortcut + '.downsample'):
             # mmpretrain has no pool of stride one in its place.
-            name = f'{shortcut}{below}{int(rest[0]) + 1}{rest[1:]}'
-        named[_in_our_names(name, found)] = value
-    return named, tuple(left_out)
+            names[key] = f'{shortcut}{below}{int(rest[0]) + 1}{rest[1:]}'
+        else:
+            names[key] = _in_our_names(key, state)
+    return names
 
 
 def _in_our_names(name: str, state: Mapping[str, Tensor]) -> str:

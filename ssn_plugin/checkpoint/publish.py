@@ -20,6 +20,7 @@ from ssn_plugin.checkpoint.files import (
 from ssn_plugin.checkpoint.layout import backbone_of, describe
 from ssn_plugin.checkpoint.release import released
 from ssn_plugin.checkpoint.selection import Selection, histogram, selections
+from ssn_plugin.checkpoint.traits import told_traits
 from ssn_plugin.version import __version__
 
 
@@ -47,8 +48,9 @@ def publish_backbone(
     """Write the backbone of a training checkpoint, alone, to a file with a hash in its name.
 
     The file holds ``state_dict``, in the names of ``SSNResNet``, and ``meta`` with the version of
-    this package, a description and the selection (layer -> normalizers of mean and variance). The
-    name ends in the first 8 digits of the SHA-256 of the weights, as OpenMMLab's files do.
+    this package, a description, the selection (layer -> normalizers of mean and variance) and,
+    where the training told them, the candidates and the padding of the stem's pool. The name ends
+    in the first 8 digits of the SHA-256 of the weights, as OpenMMLab's files do.
 
     Args:
         source: Checkpoint of a training of a classifier, detector or segmentor, or a released file.
@@ -65,13 +67,14 @@ def publish_backbone(
     state, left_out = backbone_of(weights, str(source))
     # Views would drag their whole storage into the file.
     state = OrderedDict((key, value.detach().clone().contiguous()) for key, value in state.items())
-    chosen = selections(state)
+    traits = told_traits(checkpoint)
+    chosen = selections(state, traits.get('normalizers'))
     meta = {
         'ssn_plugin': __version__,
         'layout': str(describe(state)),
         'selection': {name: tuple(selection) for name, selection in chosen.items()},
         'histogram': histogram(chosen),
-        **_stem(checkpoint),
+        **traits,
     }
     out = Path(out)
     if out.suffix != '.pth':
@@ -86,13 +89,6 @@ def publish_backbone(
         left_out,
         () if entry is None else tuple(str(key) for key in checkpoint if key != entry),
     )
-
-
-def _stem(checkpoint: Mapping) -> dict[str, int]:
-    """The padding of the stem's pool, where the source tells it; no weight shows it."""
-    meta = checkpoint.get('meta')
-    padding = meta.get('stem_padding') if isinstance(meta, Mapping) else None
-    return {} if padding is None else {'stem_padding': int(padding)}
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

@@ -1,7 +1,7 @@
 """What the norm layers in a state dict chose, without building the model."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ssn_plugin.checkpoint.layout import norm_layers
 from ssn_plugin.functional import sparsestmax
 
-# A file does not name its candidates; these are the defaults for so many of them.
+# Where a file does not name its candidates, these are the defaults for so many of them.
 _CANDIDATES = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
 
 
@@ -26,14 +26,17 @@ class Selection(NamedTuple):
     var: str | None
 
 
-def selections(state: Mapping[str, Tensor]) -> dict[str, Selection]:
+def selections(
+    state: Mapping[str, Tensor], normalizers: Sequence[str] | None = None
+) -> dict[str, Selection]:
     """The choice of every SSN and SN layer of a state dict.
 
-    Candidates are taken to be IN, LN, BN and GN, as many of them as there are ratios. Where the
-    running statistics show that they are not, choices are numbers.
+    Without ``normalizers``, candidates are taken to be IN, LN, BN and GN, as many of them as there
+    are ratios. Where the running statistics show that they are not, choices are numbers.
 
     Args:
         state: State dict.
+        normalizers: The candidates, where they are known.
 
     Example:
         >>> from ssn_plugin import SSN, set_radius
@@ -47,7 +50,10 @@ def selections(state: Mapping[str, Tensor]) -> dict[str, Selection]:
     for name, kind in norm_layers(state).items():
         if kind in ('SSN', 'SN'):
             found[name] = Selection(
-                *(_choice(state, f'{name}.{statistic}', kind) for statistic in ('mean', 'var'))
+                *(
+                    _choice(state, f'{name}.{statistic}', kind, normalizers)
+                    for statistic in ('mean', 'var')
+                )
             )
     return found
 
@@ -69,14 +75,16 @@ def histogram(selected: Mapping[str, Selection]) -> dict[str, int]:
     return dict(names.most_common())
 
 
-def _choice(state: Mapping[str, Tensor], name: str, kind: str) -> str | None:
+def _choice(
+    state: Mapping[str, Tensor], name: str, kind: str, normalizers: Sequence[str] | None
+) -> str | None:
     if kind == 'SN':
         return None  # a softmax is never one-hot
     layer = name.rpartition('.')[0]
     control = state[f'{name}_weight'].float().flatten()
-    names = _CANDIDATES.get(len(control), ())
+    names = normalizers or _CANDIDATES.get(len(control), ())
     # Two candidates with running statistics are others than IN and LN.
-    if ('BN' in names) < (f'{layer}.running_mean' in state) or not names:
+    if ('BN' in names) < (f'{layer}.running_mean' in state) or len(names) != len(control):
         names = tuple(map(str, range(len(control))))
     if int(state[f'{name}_fixed']) == 0:
         radius = state.get(f'{layer}.radius', torch.zeros(()))

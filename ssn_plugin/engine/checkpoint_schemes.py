@@ -5,7 +5,12 @@ file or address behind the prefix, converted while it is loaded.
 """
 
 from ssn_plugin.checkpoint.files import weights_in
-from ssn_plugin.checkpoint.warm_start import STEM_PADDING, batch_norm_to_ssn, switch_norm_to_ssn
+from ssn_plugin.checkpoint.warm_start import (
+    NORMALIZERS,
+    STEM_PADDING,
+    batch_norm_to_ssn,
+    switch_norm_to_ssn,
+)
 from ssn_plugin.models.pretrained import load_checkpoint
 
 
@@ -24,7 +29,8 @@ def load_from_bn2ssn(filename: str, map_location: object = None) -> dict:
     """
     source = filename.removeprefix('bn2ssn://')
     state = batch_norm_to_ssn(weights_in(load_checkpoint(source), source), source)
-    return {'meta': {'stem_padding': STEM_PADDING}, 'state_dict': state}
+    meta = {'stem_padding': STEM_PADDING, 'normalizers': list(NORMALIZERS)}
+    return {'meta': meta, 'state_dict': state}
 
 
 def load_from_sn2ssn(filename: str, map_location: object = None) -> dict:

@@ -126,10 +126,12 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     for split in ('train', 'val'):
         check_data(config, split)
     check_class_folders(config, ('train', 'val'))
-    if args.resume not in (None, 'auto'):
-        check_checkpoint('resume', args.resume)
+    work_dir = _work_dir(args, config)
+    resumed = _latest(work_dir) if args.resume == 'auto' else args.resume
+    if resumed is not None:
+        check_checkpoint('resume', resumed)
     check_checkpoints(config)
-    check_work_dir(_work_dir(args, config))
+    check_work_dir(work_dir)
     _run(script, arguments)
 
 
@@ -158,6 +160,12 @@ def _work_dir(args: argparse.Namespace, config: Config) -> str:
     return (
         args.work_dir or config.get('work_dir') or os.path.join('work_dirs', Path(args.config).stem)
     )
+
+
+def _latest(work_dir: str) -> str | None:
+    """The checkpoint that ``--resume`` goes on from; None where a run starts anew."""
+    name = Path(work_dir, 'last_checkpoint')  # mmengine's
+    return name.read_text().strip() if name.is_file() else None
 
 
 def _run(script: Path, arguments: list[str]) -> None:

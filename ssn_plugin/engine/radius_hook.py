@@ -4,6 +4,7 @@ import math
 
 from mmengine.hooks import Hook
 
+from ssn_plugin.checkpoint.traits import traits_of
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.functional import check_radius
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
@@ -102,6 +103,17 @@ class SSNRadiusHook(Hook):
             # without, it copies all buffers itself.
             if averaged is not None and averaged.update_buffers:
                 copy_selection(unwrapped(runner.model), averaged.module)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Tell in the checkpoint's ``meta`` what its weights do not show of the backbone.
+
+        Args:
+            runner: mmengine's Runner.
+            checkpoint: Gets ``normalizers``, in their order, and ``stem_padding``.
+        """
+        model = unwrapped(runner.model)
+        traits = traits_of(getattr(model, 'backbone', model))
+        checkpoint.setdefault('meta', {}).update(traits)
 
     def after_train(self, runner) -> None:
         """Warn about layers that did not become one-hot.

@@ -4,7 +4,9 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from urllib.parse import urlparse
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit, update_init_info
 from mmengine.runner import CheckpointLoader
@@ -17,10 +19,11 @@ from ssn_plugin.checkpoint.files import (
     weights_in,
     weights_only,
 )
-from ssn_plugin.checkpoint.layout import describe
+from ssn_plugin.checkpoint.layout import describe, our_names
 from ssn_plugin.checkpoint.matching import check_match
 from ssn_plugin.checkpoint.release import released
 from ssn_plugin.checkpoint.selection import selections
+from ssn_plugin.checkpoint.traits import told_traits, traits_of
 
 
 def load_checkpoint(path: str, allow_pickle: bool = False) -> dict:
@@ -44,12 +47,22 @@ def load_checkpoint(path: str, allow_pickle: bool = False) -> dict:
         return checkpoint
     with weights_only(allow_pickle):
         try:
-            return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+            checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
+            _check_download(path)
+            return checkpoint
         except CheckpointError:
             raise
         except Exception as error:
             # A name unknown to the scheme, no network, what unpickling raises.
             raise explain_load_error(path, error) from error
+
+
+def _check_download(address: str) -> None:
+    """Compare the file of an address with the released one whose name it bears."""
+    name = os.path.basename(urlparse(address).path)
+    kept = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
+    if address.startswith(('http://', 'https://')) and os.path.isfile(kept):
+        released(kept)
 
 
 def pretrained_entries(init_cfg: object) -> Iterator[dict]:
@@ -123,11 +136,15 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
             if key.startswith(prefix)
         )
         if not state:
-            raise CheckpointError(f'{path}: holds nothing under prefix={entry["prefix"]!r}')
+            converted = path.startswith(('bn2ssn://', 'sn2ssn://'))
+            why = ': the conversion takes the backbone out; leave prefix out' * converted
+            raise CheckpointError(f'{path}: holds nothing under prefix={entry["prefix"]!r}{why}')
     own = backbone.state_dict()
+    state = _in_names_of(own, state)
     check_match(own, state, path)
-    meta = checkpoint.get('meta')
-    padding = meta.get('stem_padding') if isinstance(meta, Mapping) else None
+    told, traits = told_traits(checkpoint), traits_of(backbone)
+    _check_candidates(told, traits, path)
+    padding = told.get('stem_padding')
     if padding is not None and padding != backbone.stem_padding:
         print_log(
             f'SSNResNet: {path} was trained with a stem that pools with padding {padding}, this '
@@ -135,7 +152,9 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
             logger='current',
             level=logging.WARNING,
         )
-    chosen = selections({key: value for key, value in state.items() if key in own})
+    chosen = selections(
+        {key: value for key, value in state.items() if key in own}, traits.get('normalizers')
+    )
     counters = sum(key.endswith('.num_batches_tracked') for key in own)  # released files have none
     decided = sum(None not in selection for selection in chosen.values())
     return state, (
@@ -143,3 +162,27 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
         f'a {describe(state)}; '
         f'{decided} of its {len(chosen)} switchable layers are decided and stay so'
     )
+
+
+def _in_names_of(
+    own: Mapping[str, Tensor], state: OrderedDict[str, Tensor]
+) -> OrderedDict[str, Tensor]:
+    """Keys as mmpretrain's ResNet calls them, where it differs from mmdet's and mmseg's."""
+    if own.keys() <= state.keys():
+        return state
+    called = {
+        ours: key
+        for key, ours in our_names(own).items()
+        if key.startswith('stem.') or '.downsample.' in key
+    }
+    return OrderedDict((called.get(key, key), value) for key, value in state.items())
+
+
+def _check_candidates(told: Mapping, traits: Mapping, path: str) -> None:
+    """Refuse ratios of other candidates, or of the same in another order: the numbers would fit."""
+    file, layers = told.get('normalizers'), traits.get('normalizers')
+    if file and layers and list(file) != list(layers):
+        raise CheckpointError(
+            f'{path}: its layers choose among {tuple(file)}, those of the backbone among '
+            f'{tuple(layers)}: set normalizers={tuple(file)} in norm_cfg'
+        )

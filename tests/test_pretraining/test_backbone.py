@@ -7,6 +7,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin.checkpoint.layout import backbone_of
 
 pytest.importorskip('mmpretrain')
 
@@ -176,3 +177,26 @@ def test_one_hot_bn_is_the_hosts_resnet_with_bn(variant):
     buffers = dict(ours.named_buffers())
     for name, value in theirs.named_buffers():
         torch.testing.assert_close(buffers[in_our_names(name)], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('names', ['mmdet', 'mmpretrain'])
+@pytest.mark.parametrize('avg_down', [False, True])
+def test_deep_stems_load_in_the_names_of_either_codebase(tmp_path, depth, names, avg_down):
+    arguments = dict(depth=depth, deep_stem=True, avg_down=avg_down)
+    source = build(seed=3, **arguments)
+    for module in norms_of(source).values():
+        torch.nn.init.normal_(module.weight)
+    state = source.state_dict()
+    if names == 'mmdet':
+        state = backbone_of(state, 'made here')[0]
+        assert 'stem.0.weight' in state
+        assert ('layer1.0.downsample.2.weight' in state) == (avg_down and depth == 50)
+    path = tmp_path / 'deep.pth'
+    torch.save(state, path)
+    model = build(
+        seed=4, init_cfg=dict(type='Pretrained', checkpoint=str(path)), **arguments
+    ).eval()
+    model.init_weights()
+    for own, theirs in zip(model(images()), source.eval()(images()), strict=True):
+        assert torch.equal(own, theirs)

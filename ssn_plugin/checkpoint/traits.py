@@ -1,0 +1,54 @@
+"""What a backbone's weights do not show and its checkpoint tells beside them, under ``meta``.
+
+``normalizers`` are the candidates of its layers in their order, without which an importance ratio
+has no name; ``stem_padding`` is that of the stem's pool.
+"""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ssn_plugin.layers.switchable import SwitchableNorm
+from ssn_plugin.ops.statistics import NORMALIZERS
+
+
+def traits_of(backbone: nn.Module) -> dict[str, object]:
+    """What the checkpoint of a backbone should tell.
+
+    Args:
+        backbone: With ``stem_padding`` where the padding of its stem's pool is known.
+
+    Example:
+        >>> from torch import nn
+        >>> from ssn_plugin import SSN
+        >>> from ssn_plugin.checkpoint.traits import traits_of
+        >>> traits_of(nn.Sequential(SSN(8, normalizers=('BN', 'LN'))))
+        {'normalizers': ['BN', 'LN']}
+    """
+    candidates = {
+        module.normalizers for module in backbone.modules() if isinstance(module, SwitchableNorm)
+    }
+    traits = {}
+    if len(candidates) == 1:
+        traits['normalizers'] = list(candidates.pop())
+    padding = getattr(backbone, 'stem_padding', None)
+    if padding is not None:
+        traits['stem_padding'] = padding
+    return traits
+
+
+def told_traits(checkpoint: Mapping) -> dict[str, object]:
+    """What a checkpoint tells of its backbone.
+
+    Args:
+        checkpoint: What a file holds.
+    """
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    told = {}
+    normalizers = meta.get('normalizers')
+    if isinstance(normalizers, list | tuple) and all(name in NORMALIZERS for name in normalizers):
+        told['normalizers'] = list(normalizers)
+    if meta.get('stem_padding') in (0, 1):
+        told['stem_padding'] = int(meta['stem_padding'])
+    return told

@@ -1,0 +1,73 @@
+"""Candidates and stem of a backbone travel in its checkpoint, from training to loading."""
+
+from types import SimpleNamespace
+
+import pytest
+from backbones import batch_norm_network, build, pretrained
+from released_files import save
+from torch import nn
+
+from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin.checkpoint.files import CheckpointError, read_checkpoint
+from ssn_plugin.checkpoint.inspection import inspect_checkpoint
+from ssn_plugin.checkpoint.publish import publish_backbone
+from ssn_plugin.checkpoint.traits import told_traits, traits_of
+from ssn_plugin.engine.radius_hook import SSNRadiusHook
+
+ORDER = ('BN', 'IN', 'LN')
+
+
+def test_of_a_module():
+    assert traits_of(nn.Sequential(SSN(4), SN(4))) == {'normalizers': ['IN', 'LN', 'BN']}
+    assert traits_of(nn.Sequential(SSN(4), SSN(4, normalizers=ORDER))) == {}  # no single answer
+    assert traits_of(build('mmdet', stem_padding=1))['stem_padding'] == 1
+
+
+@pytest.mark.parametrize(
+    'meta',
+    [None, 'x', {'normalizers': 5}, {'normalizers': [['IN']]}, {'normalizers': ['IN', 'XN']},
+     {'stem_padding': 'x'}],
+)  # fmt: skip
+def test_strange_metadata_tells_nothing(meta):
+    assert told_traits({'meta': meta}) == {}
+
+
+def published(tmp_path, normalizers):
+    model = build('mmdet', norm_cfg=dict(type='SSN', normalizers=normalizers))
+    set_radius(model, 1.0)
+    save({'meta': traits_of(model), 'state_dict': model.state_dict()}, tmp_path / 'in.pth')
+    return publish_backbone(tmp_path / 'in.pth', tmp_path / 'out.pth').path
+
+
+def test_candidates_in_another_order_are_refused(tmp_path):
+    path = published(tmp_path, ORDER)
+    meta = read_checkpoint(path)['meta']
+    assert meta['normalizers'] == list(ORDER)
+    assert meta['histogram'] == {'LN': 20}  # the last candidate, at a tie
+    report = inspect_checkpoint(path)
+    assert report['candidates'] == 'BN, IN, LN'
+    assert '20 LN' in report['selection']
+    with pytest.raises(CheckpointError, match=r"choose among \('BN', 'IN', 'LN'\).*norm_cfg"):
+        build('mmdet', init_cfg=pretrained(path)).init_weights()
+    model = build('mmdet', norm_cfg=dict(type='SSN', normalizers=ORDER), init_cfg=pretrained(path))
+    model.init_weights()
+    assert model.sn1.selected == ('LN', 'LN')
+
+
+def test_bn2ssn_tells_its_candidates(tmp_path):
+    path = f'bn2ssn://{save(batch_norm_network("mmdet").state_dict(), tmp_path / "bn.pth")}'
+    arguments = dict(stem_padding=1, init_cfg=pretrained(path))
+    build('mmdet', **arguments).init_weights()
+    with pytest.raises(CheckpointError, match=r"choose among \('IN', 'LN', 'BN'\)"):
+        build('mmdet', norm_cfg=dict(type='SSN', normalizers=ORDER), **arguments).init_weights()
+    arguments['init_cfg'] = pretrained(path, prefix='backbone.')
+    with pytest.raises(CheckpointError, match='leave prefix out'):
+        build('mmdet', **arguments).init_weights()
+
+
+def test_training_tells_them(tmp_path):
+    model = build('mmdet', stem_padding=1, norm_cfg=dict(type='SSN', normalizers=ORDER))
+    checkpoint = {'meta': {'epoch': 1}}
+    SSNRadiusHook().before_save_checkpoint(SimpleNamespace(model=model), checkpoint)
+    expected = {'epoch': 1, 'normalizers': list(ORDER), 'stem_padding': 1}
+    assert checkpoint['meta'] == expected
