@@ -1,12 +1,19 @@
-"""Importance ratios of a model as rows, one per layer."""
+"""Importance ratios as rows, one per layer: of a model, or of a state dict without its model."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ssn_plugin.analysis.places import Place, place_of
+from ssn_plugin.checkpoint.candidates import candidate_names
+from ssn_plugin.checkpoint.layout import norm_layers
+from ssn_plugin.functional import sparsestmax
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.layers.switchable import SwitchableNorm
+
+STATISTICS = ('mean', 'var')
 
 
 class LayerRatios(NamedTuple):
@@ -18,6 +25,9 @@ class LayerRatios(NamedTuple):
         mean_ratios: K importance ratios of the means.
         var_ratios: K importance ratios of the variances.
         radius: Radius of an SSN, None for an SN.
+        mean_fixed: Whether the ratios of the means are frozen.
+        var_fixed: Whether the ratios of the variances are frozen.
+        channels: C.
     """
 
     layer: str
@@ -25,16 +35,41 @@ class LayerRatios(NamedTuple):
     mean_ratios: tuple[float, ...]
     var_ratios: tuple[float, ...]
     radius: float | None = None
+    mean_fixed: bool = False
+    var_fixed: bool = False
+    channels: int | None = None
 
     @property
     def decided(self) -> bool:
         """Whether both ratio vectors are one-hot."""
-        return 1.0 in self.mean_ratios and 1.0 in self.var_ratios
+        return None not in self.selected
+
+    @property
+    def selected(self) -> tuple[str | None, str | None]:
+        """Normalizers that mean and variance chose; None where ratios are not one-hot."""
+        return tuple(
+            self.normalizers[ratios.index(1.0)] if 1.0 in ratios else None
+            for ratios in (self.mean_ratios, self.var_ratios)
+        )
+
+    @property
+    def place(self) -> Place:
+        """Stage and kind of the layer, by its name."""
+        return place_of(self.layer)
+
+    def ratios(self, statistic: str) -> dict[str, float]:
+        """Ratio of each candidate.
+
+        Args:
+            statistic: 'mean' or 'var'.
+        """
+        values = getattr(self, f'{statistic}_ratios')
+        return dict(zip(self.normalizers, values, strict=True))
 
 
 @torch.no_grad()
 def importance_ratios(model: nn.Module) -> list[LayerRatios]:
-    """Rows (layer, candidates, mean ratios, variance ratios, radius) in the order of the modules.
+    """One row per SSN and SN layer of a model, in the order of the modules.
 
     The whole model costs one synchronisation with the device.
 
@@ -46,28 +81,67 @@ def importance_ratios(model: nn.Module) -> list[LayerRatios]:
         >>> from ssn_plugin import SSN
         >>> from ssn_plugin.analysis.importance_ratios import importance_ratios
         >>> rows = importance_ratios(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8)))
-        >>> rows[0].layer, rows[0].decided
-        ('1', False)
+        >>> rows[0].layer, rows[0].decided, rows[0].channels
+        ('1', False, 8)
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     if not layers:
         return []
-    pieces = [ratios for layer in layers.values() for ratios in layer._ratios()]
-    pieces += [layer.radius.reshape(1) for layer in layers.values() if isinstance(layer, SSN)]
-    numbers = torch.cat([piece.float() for piece in pieces]).tolist()
+    pieces = []
+    for layer in layers.values():
+        pieces += layer._ratios()
+        if isinstance(layer, SSN):
+            pieces += [layer.radius, layer.mean_fixed, layer.var_fixed]
+    numbers = iter(torch.cat([piece.detach().float().reshape(-1) for piece in pieces]).tolist())
     rows = []
-    start = 0
     for name, layer in layers.items():
-        size = len(layer.normalizers)
-        middle, end = start + size, start + 2 * size
-        rows.append(
-            LayerRatios(
-                name, layer.normalizers, tuple(numbers[start:middle]), tuple(numbers[middle:end])
-            )
-        )
-        start = end
-    radii = iter(numbers[start:])
-    return [
-        row._replace(radius=next(radii)) if isinstance(layers[row.layer], SSN) else row
-        for row in rows
-    ]
+        mean, var = (tuple(next(numbers) for _ in layer.normalizers) for _ in STATISTICS)
+        own = ()
+        if isinstance(layer, SSN):
+            own = (next(numbers), next(numbers) > 0, next(numbers) > 0)
+        row = LayerRatios(name, layer.normalizers, mean, var, *own)
+        rows.append(row._replace(channels=layer.num_features))
+    return rows
+
+
+@torch.no_grad()
+def importance_ratios_of_state(
+    state: Mapping[str, Tensor], configured: Mapping[int, Sequence[str]] | None = None
+) -> list[LayerRatios]:
+    """One row per SSN and SN layer of a state dict, in its order; the model is not built.
+
+    Args:
+        state: State dict of this package, or of the authors' SSN and SN releases.
+        configured: Candidates by their number, of
+            :func:`ssn_plugin.checkpoint.candidates.configured_candidates`.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import SSN
+        >>> from ssn_plugin.analysis.importance_ratios import *
+        >>> model = torch.nn.Sequential(SSN(8))
+        >>> importance_ratios_of_state(model.state_dict()) == importance_ratios(model)
+        True
+    """
+    rows = []
+    for name, kind in norm_layers(state).items():
+        if kind not in ('SSN', 'SN'):
+            continue
+        radius = None
+        if kind == 'SSN':
+            radius = float(state.get(f'{name}.radius', torch.zeros(())))
+        ratios, fixed = [], []
+        for statistic in STATISTICS:
+            control = state[f'{name}.{statistic}_weight'].detach().cpu().float().flatten()
+            fixed.append(kind == 'SSN' and bool(state[f'{name}.{statistic}_fixed'].any()))
+            if kind == 'SN':
+                values = control.softmax(-1)
+            elif fixed[-1]:
+                values = nn.functional.one_hot(control.argmax(), len(control))
+            else:
+                values = sparsestmax(control, radius)
+            ratios.append(tuple(map(float, values.tolist())))
+        names = candidate_names(state, name, len(ratios[0]), configured)
+        channels = state[f'{name}.weight'].numel()
+        rows.append(LayerRatios(name, names, *ratios, radius, *fixed, channels))
+    return rows

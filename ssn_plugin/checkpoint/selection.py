@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssn_plugin.checkpoint.candidates import candidate_names
 from ssn_plugin.checkpoint.layout import norm_layers
 from ssn_plugin.functional import sparsestmax
-
-# Where a file does not name its candidates, these are the defaults for so many of them.
-_CANDIDATES = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
 
 
 class Selection(NamedTuple):
@@ -82,10 +80,8 @@ def _choice(
         return None  # a softmax is never one-hot
     layer = name.rpartition('.')[0]
     control = state[f'{name}_weight'].float().flatten()
-    names = normalizers or _CANDIDATES.get(len(control), ())
-    # Two candidates with running statistics are others than IN and LN.
-    if ('BN' in names) < (f'{layer}.running_mean' in state) or len(names) != len(control):
-        names = tuple(map(str, range(len(control))))
+    known = {len(normalizers): normalizers} if normalizers else None
+    names = candidate_names(state, layer, len(control), known)
     if int(state[f'{name}_fixed']) == 0:
         radius = state.get(f'{layer}.radius', torch.zeros(()))
         control = sparsestmax(control, float(radius))

@@ -1,10 +1,15 @@
-"""SSNRatioHook: the radius, the number of decided layers and the importance ratios in the log."""
+"""SSNRatioHook: radius, decided layers and importance ratios in the log, in a file, in pictures."""
 
+from pathlib import Path
+
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import nn
 
-from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.analysis.history import HISTORY_FILE, append_to_history, start_history
+from ssn_plugin.analysis.importance_ratios import LayerRatios, importance_ratios
 from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.engine.versions import versions
 
 
 class SSNRatioHook(Hook):
@@ -16,7 +21,9 @@ class SSNRatioHook(Hook):
       ``ssn_decided``, the number of layers whose mean and variance ratios are both one-hot;
       ``ssn_IN``, ``ssn_LN``, ...: importance ratio averaged over layers and both statistics;
     - to the visualizer, TensorBoard for one: ``ssn/<layer>/mean/<normalizer>`` and
-      ``ssn/<layer>/var/<normalizer>``, the ratios layer by layer.
+      ``ssn/<layer>/var/<normalizer>``, the ratios layer by layer;
+    - to ``ratios.jsonl`` in the work dir: one line with all of it
+      (:mod:`ssn_plugin.analysis.history`). A resumed run goes on with the file.
 
     It costs one synchronisation with the device per interval.
 
@@ -37,6 +44,24 @@ class SSNRatioHook(Hook):
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval: got {interval!r}, expected a positive integer')
         self.interval = interval
+        self._history: Path | None = None
+
+    def before_train(self, runner) -> None:
+        """Begin ``ratios.jsonl``, or go on with it.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        rows = importance_ratios(unwrapped(runner.model))
+        if not rows or not is_main_process():
+            return
+        path = Path(runner.work_dir) / HISTORY_FILE
+        try:
+            start_history(path, rows, versions(), runner.iter)
+        except OSError as error:
+            runner.logger.warning(f'SSNRatioHook: cannot write {path}: {error}')
+        else:
+            self._history = path
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Record.
@@ -50,22 +75,46 @@ class SSNRatioHook(Hook):
         last = runner.iter + 1 == runner.max_iters
         if not (self.every_n_train_iters(runner, self.interval) or last):
             return
-        summary, per_layer = importance_scalars(unwrapped(runner.model))
+        model = unwrapped(runner.model)
+        rows = importance_ratios(model)
+        summary, per_layer = importance_scalars(model, rows)
         for name, value in summary.items():
             runner.message_hub.update_scalar(f'train/{name}', value)
         runner.visualizer.add_scalars(per_layer, step=runner.iter + 1)
+        if self._history is None:
+            return
+        try:
+            append_to_history(
+                self._history, runner.iter + 1, rows, summary['ssn_radius'], self._loss(runner)
+            )
+        except OSError as error:
+            runner.logger.warning(
+                f'SSNRatioHook: cannot write {self._history} any more, so it stops doing so: '
+                f'{error}'
+            )
+            self._history = None
+
+    def _loss(self, runner) -> float | None:
+        """Mean of the loss over the interval; the host framework has it as numbers already."""
+        scalars = runner.message_hub.log_scalars
+        if 'train/loss' not in scalars:
+            return None
+        return float(scalars['train/loss'].mean(self.interval))
 
 
-def importance_scalars(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+def importance_scalars(
+    model: nn.Module, rows: list[LayerRatios] | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """Radius, decided layers and ratios of a model as named numbers.
 
     Args:
         model: Any module.
+        rows: Its importance ratios, where they are known already.
 
     Returns:
         The summary over all layers, and the ratios layer by layer.
     """
-    rows = importance_ratios(model)
+    rows = importance_ratios(model) if rows is None else rows
     if not rows:
         return {}, {}
     per_layer: dict[str, float] = {}

@@ -1,0 +1,163 @@
+"""``ratios.jsonl``: how the importance ratios of a training moved, written line by line.
+
+The first line tells what stays the same, every other one the state after some iteration::
+
+    {"layers": [{"layer": "backbone.sn1", "normalizers": ["IN", "LN", "BN"], "channels": 64,
+     "sparse": true}, ...], "about": {"torch": "2.13.0", ...}}
+    {"iter": 10, "radius": 0.0125, "decided": 0, "loss": 1.31, "mean": [[0.33, 0.33, 0.34], ...],
+     "var": ..., "mean_fixed": [0, ...], "var_fixed": ...}
+
+Lists follow the order of the layers. ``loss`` is averaged since the line before; ``radius`` is that
+of the layers that follow the schedule.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
+from ssn_plugin.analysis.output import whole_file
+
+HISTORY_FILE = 'ratios.jsonl'
+
+
+class HistoryError(ValueError):
+    """A history that cannot be read; its text is one line."""
+
+
+class History(NamedTuple):
+    """What a ``ratios.jsonl`` holds.
+
+    Attributes:
+        layers: What stays the same of each layer: ``layer``, ``normalizers``, ``channels`` and
+            ``sparse``, which is true of an SSN and false of an SN.
+        about: Versions and other facts of the run.
+        lines: The records, in the order of their ``iter``.
+    """
+
+    layers: list[dict]
+    about: dict[str, str]
+    lines: list[dict]
+
+    def rows(self, index: int = -1) -> list[LayerRatios]:
+        """The layers at one record, the last one by default.
+
+        Args:
+            index: Which record.
+        """
+        line = self.lines[index]
+        values = (line[key] for key in ('mean', 'var', 'mean_fixed', 'var_fixed'))
+        return [
+            LayerRatios(
+                layer['layer'],
+                tuple(layer['normalizers']),
+                tuple(mean),
+                tuple(var),
+                line['radius'] if layer['sparse'] else None,
+                bool(mean_fixed),
+                bool(var_fixed),
+                layer['channels'],
+            )
+            for layer, mean, var, mean_fixed, var_fixed in zip(self.layers, *values, strict=True)
+        ]
+
+
+def start_history(
+    path: Path, rows: Sequence[LayerRatios], about: Mapping[str, str], iteration: int = 0
+) -> None:
+    """Begin a file, or go on with that of a resumed run.
+
+    Lines after the iteration at which the run resumes are dropped, as are a line that a kill cut
+    off and the lines of other layers.
+
+    Args:
+        path: File to write.
+        rows: Layers of the model.
+        about: Facts of the run.
+        iteration: Iterations done.
+    """
+    layers = [
+        dict(
+            layer=row.layer,
+            normalizers=list(row.normalizers),
+            channels=row.channels,
+            sparse=row.radius is not None,
+        )
+        for row in rows
+    ]
+    lines = []
+    if iteration and path.is_file():
+        try:
+            before = read_history(path)
+        except HistoryError:
+            before = History([], {}, [])
+        if before.layers == layers:
+            lines = [line for line in before.lines if line['iter'] <= iteration]
+    with whole_file(path) as temporary, temporary.open('w') as file:
+        for content in (dict(layers=layers, about=dict(about)), *lines):
+            file.write(json.dumps(content) + '\n')
+
+
+def append_to_history(
+    path: Path, iteration: int, rows: Sequence[LayerRatios], radius: float, loss: float | None
+) -> None:
+    """Add the state after an iteration.
+
+    Args:
+        path: File of :func:`start_history`.
+        iteration: Iterations done.
+        rows: The layers, in the order of the file.
+        radius: Current radius of the schedule.
+        loss: Training loss, None if unknown.
+    """
+    line = dict(
+        iter=iteration,
+        radius=radius,
+        decided=sum(row.decided for row in rows),
+        loss=loss if loss is not None and math.isfinite(loss) else None,
+    )
+    for statistic in STATISTICS:
+        line[statistic] = [
+            [_rounded(ratio) for ratio in getattr(row, f'{statistic}_ratios')] for row in rows
+        ]
+    for statistic in STATISTICS:
+        line[f'{statistic}_fixed'] = [int(getattr(row, f'{statistic}_fixed')) for row in rows]
+    with path.open('a') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+def _rounded(ratio: float) -> float:
+    # Only what is one may read as one: that is what "decided" means.
+    return int(ratio) if ratio in (0, 1) else min(round(ratio, 6), 0.999999)
+
+
+def read_history(path: Path) -> History:
+    """Read a ``ratios.jsonl``, also while a training writes to it.
+
+    Args:
+        path: The file, or the work dir with it.
+
+    Raises:
+        HistoryError: If there is no such file, or it is none.
+    """
+    if path.is_dir():
+        path = path / HISTORY_FILE
+    if not path.is_file():
+        raise HistoryError(
+            f'{path}: no such file; SSNRatioHook writes it while a config with '
+            "custom_hooks=[dict(type='SSNRatioHook')] trains"
+        )
+    texts = path.read_text(errors='replace').splitlines()
+    contents = []
+    for number, text in enumerate(texts, 1):
+        try:
+            contents.append(json.loads(text))
+        except ValueError as error:
+            if number == len(texts) and number > 1:
+                break  # it is being written, or a kill cut it off
+            raise HistoryError(f'{path}: line {number} is no record of SSNRatioHook') from error
+    if not contents or not isinstance(contents[0], dict) or 'layers' not in contents[0]:
+        raise HistoryError(f'{path}: is no history of SSNRatioHook')
+    return History(contents[0]['layers'], contents[0].get('about', {}), contents[1:])

@@ -1,0 +1,50 @@
+"""Where in a network a layer is, told by its name: stage, kind, and a label within the stage."""
+
+import re
+from typing import NamedTuple
+
+_STEM = re.compile(r'^(?:backbone\.)?((?:stem\.)?(?:sn|bn|gn|norm)?\d)$')
+_STAGE = re.compile(r'^(?:backbone\.)?(layer\d)\.(.+)$')
+_HEAD = re.compile(r'^(?:.*\.)?(\w*head)\.(.+)$')
+_BELOW = re.compile(r'^(neck|backbone)\.(.+)$')
+
+
+class Place(NamedTuple):
+    """Where a layer is.
+
+    Attributes:
+        stage: 'stem', 'layer1' to 'layer4', 'neck', the name of a head, or 'other'.
+        kind: 'stem', 'residual', 'shortcut', 'FPN', 'head' or 'other'.
+        label: Name of the layer within its stage.
+    """
+
+    stage: str
+    kind: str
+    label: str
+
+
+def place_of(layer: str) -> Place:
+    """Place of a layer in a ResNet, or in a detector, segmentor or classifier with one.
+
+    Args:
+        layer: Name of the layer in the model.
+
+    Example:
+        >>> from ssn_plugin.analysis.places import place_of
+        >>> place_of('backbone.layer2.0.downsample.1')
+        Place(stage='layer2', kind='shortcut', label='0.downsample.1')
+        >>> place_of('roi_head.bbox_head.shared_convs.0.sn')[:2]
+        ('bbox_head', 'head')
+    """
+    if found := _STAGE.match(layer):
+        kind = 'shortcut' if '.downsample.' in layer else 'residual'
+        return Place(found[1], kind, found[2])
+    if found := _HEAD.match(layer):
+        return Place(found[1], 'head', found[2])
+    if found := _BELOW.match(layer):
+        stage, label = found.groups()
+        if stage == 'neck':
+            return Place('neck', 'FPN', label)
+    if (found := _STEM.match(layer)) and not layer.isdigit():
+        return Place('stem', 'stem', found[1])
+    return Place('other', 'other', layer)

@@ -1,0 +1,84 @@
+"""Names of the candidates of a layer in a state dict, which holds their number alone."""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+# Where nothing names the candidates, these are the defaults for so many of them.
+_DEFAULTS = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
+_LAYER_TYPE = re.compile(r'^([\w.]+\.)?(Sync)?SS?N([123]d)?$')
+
+
+def candidate_names(
+    state: Mapping[str, Tensor],
+    layer: str,
+    count: int,
+    configured: Mapping[int, Sequence[str]] | None = None,
+) -> tuple[str, ...]:
+    """Names of the candidates of a layer; numbers where they cannot be known.
+
+    Args:
+        state: State dict.
+        layer: Name of an SSN or SN layer in it.
+        count: How many ratios it has.
+        configured: Candidates by their number, of :func:`configured_candidates`. Without, they are
+            taken to be IN, LN, BN and GN, as many as there are ratios, unless the running
+            statistics show that they are not.
+    """
+    names = tuple((configured or _DEFAULTS).get(count, ()))
+    # Two candidates with running statistics are others than IN and LN.
+    if ('BN' in names) < (f'{layer}.running_mean' in state) or not names:
+        return tuple(map(str, range(count)))
+    return names
+
+
+def configured_candidates(config: str) -> dict[int, tuple[str, ...]]:
+    """The candidates that the layers of a config have, by their number.
+
+    A number of which the config has different candidates maps to nothing: ``()``.
+
+    Args:
+        config: Text of a config, as mmengine keeps it in its checkpoints. It is not run.
+
+    Example:
+        >>> from ssn_plugin.checkpoint.candidates import configured_candidates
+        >>> configured_candidates("norm_cfg = dict(type='SSN', normalizers=['IN', 'BN'])")
+        {2: ('IN', 'BN')}
+        >>> configured_candidates("norm_cfg = dict(type='SSN')")
+        {3: ('IN', 'LN', 'BN')}
+    """
+    try:
+        tree = ast.parse(config)
+    except SyntaxError:
+        return {}
+    found: dict[int, set[tuple[str, ...]]] = {}
+    for entries in _dicts(tree):
+        if isinstance(entries.get('type'), str) and _LAYER_TYPE.match(entries['type']):
+            names = tuple(entries.get('normalizers') or _DEFAULTS[3])
+            found.setdefault(len(names), set()).add(names)
+    return {count: names.pop() if len(names) == 1 else () for count, names in found.items()}
+
+
+def _dicts(tree: ast.AST) -> Iterator[dict]:
+    """The literal entries of every ``dict(...)`` and ``{...}``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, 'id', None) == 'dict':
+            pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
+        elif isinstance(node, ast.Dict):
+            pairs = [
+                (key.value, value)
+                for key, value in zip(node.keys, node.values, strict=True)
+                if isinstance(key, ast.Constant)
+            ]
+        else:
+            continue
+        entries = {}
+        for key, value in pairs:
+            if key in ('type', 'normalizers'):
+                try:
+                    entries[key] = ast.literal_eval(value)
+                except ValueError:
+                    continue
+        yield entries

@@ -1,0 +1,50 @@
+"""Names of candidates: by default, by the running statistics, by the text of a config."""
+
+import pytest
+
+from ssn_plugin import SN, SSN
+from ssn_plugin.checkpoint.candidates import candidate_names, configured_candidates
+
+
+@pytest.mark.parametrize(
+    ('normalizers', 'names'),
+    [
+        (('IN', 'LN'), ('IN', 'LN')),
+        (('IN', 'LN', 'BN'), ('IN', 'LN', 'BN')),
+        (('IN', 'LN', 'BN', 'GN'), ('IN', 'LN', 'BN', 'GN')),
+        (('IN', 'BN'), ('0', '1')),
+        (('LN', 'IN'), ('IN', 'LN')),  # an order that nothing in a file tells
+    ],
+)
+def test_default_names(normalizers, names):
+    layer = SSN(32, normalizers=normalizers)
+    state = {f'sn.{key}': value for key, value in layer.state_dict().items()}
+    assert candidate_names(state, 'sn', len(normalizers)) == names
+    configured = {len(normalizers): normalizers}
+    assert candidate_names(state, 'sn', len(normalizers), configured) == normalizers
+
+
+def test_candidates_of_several_counts_and_of_contradicting_layers():
+    text = (
+        "model = dict(a=dict(norm_cfg=dict(type='SSN', normalizers=('BN', 'LN', 'IN'))),\n"
+        "             b=[{'type': 'ssn_plugin.SyncSSN', 'normalizers': ['IN', 'LN']}])\n"
+    )
+    assert configured_candidates(text) == {3: ('BN', 'LN', 'IN'), 2: ('IN', 'LN')}
+    text += "head = dict(norm_cfg=dict(type='SN'))\n"
+    configured = configured_candidates(text)
+    assert configured[3] == ()
+    state = {f'sn.{key}': value for key, value in SN(4).state_dict().items()}
+    assert candidate_names(state, 'sn', 3, configured) == ('0', '1', '2')
+
+
+@pytest.mark.parametrize(
+    'text', ['', 'not a config (', "norm_cfg = dict(type='BN')", 'x = dict(type=y, normalizers=z)']
+)
+def test_texts_without_such_layers(text):
+    assert configured_candidates(text) == {}
+
+
+def test_a_config_is_read_and_not_run(tmp_path):
+    text = f"open('{tmp_path / 'ran'}', 'w')\nnorm_cfg = dict(type='SSN')\n"
+    assert configured_candidates(text) == {3: ('IN', 'LN', 'BN')}
+    assert not (tmp_path / 'ran').exists()
