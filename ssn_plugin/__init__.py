@@ -1,8 +1,9 @@
 """Sparse Switchable Normalization for MMDetection and MMSegmentation.
 
 ``custom_imports = dict(imports=['ssn_plugin'])`` in a config registers the layers ('SSN', 'SSN1d',
-'SSN2d', 'SSN3d', 'SN'), the backbone 'SSNResNet', the classifier head 'DropoutLinearClsHead', the
-hooks 'SSNRadiusHook' and 'SSNRatioHook' and the constructor 'SSNOptimWrapperConstructor'.
+'SSN2d', 'SSN3d', 'SyncSSN', 'SN'), the backbone 'SSNResNet', the classifier head
+'DropoutLinearClsHead', the hooks 'SSNRadiusHook' and 'SSNRatioHook' and the constructor
+'SSNOptimWrapperConstructor'.
 """
 
 from ssn_plugin.engine import registration as _registration  # noqa: F401  (registers by import)
@@ -10,6 +11,7 @@ from ssn_plugin.functional import sparsestmax, switchable_norm
 from ssn_plugin.layers.radius import set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
+from ssn_plugin.layers.sync_ssn import SyncSSN, convert_sync_ssn, revert_sync_ssn
 from ssn_plugin.version import __version__
 
 __all__ = [
@@ -18,7 +20,10 @@ __all__ = [
     'SSN1d',
     'SSN2d',
     'SSN3d',
+    'SyncSSN',
     '__version__',
+    'convert_sync_ssn',
+    'revert_sync_ssn',
     'set_radius',
     'sparsestmax',
     'switchable_norm',

@@ -14,7 +14,10 @@ NAMES = [
     'SSN1d',
     'SSN2d',
     'SSN3d',
+    'SyncSSN',
     '__version__',
+    'convert_sync_ssn',
+    'revert_sync_ssn',
     'set_radius',
     'sparsestmax',
     'switchable_norm',
@@ -38,7 +41,10 @@ SIGNATURES = {
     'SSN1d': f'{SSN_SIGNATURE}, radius=0.0',
     'SSN2d': f'{SSN_SIGNATURE}, radius=0.0',
     'SSN3d': f'{SSN_SIGNATURE}, radius=0.0',
+    'SyncSSN': f'{SSN_SIGNATURE}, radius=0.0, process_group=None',
     'SN': SSN_SIGNATURE,
+    'convert_sync_ssn': 'model, process_group=None',
+    'revert_sync_ssn': 'model',
 }
 
 

@@ -12,10 +12,11 @@ from ssn_plugin.engine.radius_hook import SSNRadiusHook
 from ssn_plugin.engine.ratio_hook import SSNRatioHook
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
+from ssn_plugin.layers.sync_ssn import SyncSSN
 from ssn_plugin.models.dropout_head import build_dropout_linear_cls_head
 from ssn_plugin.models.resnet import build_ssn_resnet
 
-for _layer in (SSN, SSN1d, SSN2d, SSN3d, SN):
+for _layer in (SSN, SSN1d, SSN2d, SSN3d, SyncSSN, SN):
     MODELS.register_module(name=_layer.__name__, module=_layer)
 MODELS.register_module(name='SSNResNet', module=build_ssn_resnet)
 MODELS.register_module(name='DropoutLinearClsHead', module=build_dropout_linear_cls_head)

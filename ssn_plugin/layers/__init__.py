@@ -3,5 +3,17 @@
 from ssn_plugin.layers.radius import set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
+from ssn_plugin.layers.sync_ssn import SyncSSN, convert_sync_ssn, revert_sync_ssn
 
-__all__ = ['SN', 'SSN', 'SSN1d', 'SSN2d', 'SSN3d', 'set_radius', 'undecided_layers']
+__all__ = [
+    'SN',
+    'SSN',
+    'SSN1d',
+    'SSN2d',
+    'SSN3d',
+    'SyncSSN',
+    'convert_sync_ssn',
+    'revert_sync_ssn',
+    'set_radius',
+    'undecided_layers',
+]

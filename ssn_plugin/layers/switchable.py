@@ -45,6 +45,7 @@ class SwitchableNorm(nn.Module):
     _abbr_ = 'sn'  # mmcv names a norm by it: sn1, sn2, ... as in the released files
     _dims: tuple[int, ...] = (2, 3, 4, 5)
     _ratio_map = 'softmax'
+    _group = None  # processes over whose batches together 'BN' takes its statistics
 
     def __init__(
         self,
@@ -186,6 +187,7 @@ class SwitchableNorm(nn.Module):
             self._ratio_map,
             self._selection(),
             Settings(self.normalizers, self.num_groups, self.correction, self.eps),
+            self._group,
         )
 
     def extra_repr(self) -> str:

@@ -52,6 +52,21 @@ class Mixed(NamedTuple):
     totals: list[Tensor | None]
 
 
+def takes_part(normalizer: str, mean: Ratios, var: Ratios, settings: Settings) -> bool:
+    """Whether a candidate takes part in the mixture.
+
+    Args:
+        normalizer: Its name.
+        mean: Importance ratios of the means.
+        var: Importance ratios of the variances.
+        settings: Of the layer.
+    """
+    if normalizer not in settings.normalizers:
+        return False
+    k = settings.normalizers.index(normalizer)
+    return k in mean.active or k in var.active
+
+
 def row_factor(length: int, correction: int) -> float:
     """Row variance with divisor ``length - correction``, in units of the biased one.
 
@@ -212,6 +227,7 @@ def row_gradients(
     constant: bool,
     settings: Settings,
     length: int,
+    shared: Moments | None = None,
 ) -> RowGradients:
     """Adjoint of x -> row moments -> :func:`mix_statistics`.
 
@@ -221,9 +237,11 @@ def row_gradients(
         mixed: What it returned.
         mean_ratios: As given to it.
         var_ratios: As given to it.
-        constant: Whether running statistics stood for those of 'BN'.
+        constant: Whether statistics that were given stood for those of 'BN'.
         settings: As given to it.
         length: Elements per row.
+        shared: If those came from more rows than these: the sums of ``grad`` over all of them, per
+            element, (C,) each.
     """
     grad_mean, grad_var = grad
     shape = grad_mean.shape
@@ -233,7 +251,10 @@ def row_gradients(
         fixed = constant and name == 'BN'
         size = 1 if fixed else pool_size(name, shape, settings.num_groups)
         ratio = mean_ratios.values[k]
-        if k in mean_ratios.active and not fixed:
+        if fixed:
+            if shared is not None and k in mean_ratios.active:
+                offset_terms.append((ratio, -1.0, shared.mean))
+        elif k in mean_ratios.active:
             pooled = pool_total(grad_mean, name, settings.num_groups)
             offset_terms.append((ratio, -1 / (size * length), pooled))
         if k in mean_ratios.moving:
@@ -243,8 +264,10 @@ def row_gradients(
             pooled = pool_total(grad_var, name, settings.num_groups)
             if not fixed:
                 slope_terms.append((ratio, -1 / (size * length), pooled))
-                if mixed.deviations[k] is not None:
-                    products.append((*slope_terms[-1], mixed.deviations[k]))
+            elif shared is not None:
+                slope_terms.append((ratio, -1.0, shared.var))
+            if (not fixed or shared is not None) and mixed.deviations[k] is not None:
+                products.append((*slope_terms[-1], mixed.deviations[k]))
             if k in var_ratios.moving:
                 # A statistic that rows share meets the sum of their gradients.
                 other = grad_var if name in ('IN', 'GN') else pooled

@@ -16,9 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from ssn_plugin.ops import switchable_norm_eager as eager
 from ssn_plugin.ops import switchable_norm_native as native
+from ssn_plugin.ops.collectives import EmptyShareFunction
 from ssn_plugin.ops.ratio_maps import (
     Ratios,
     Selection,
@@ -28,7 +30,7 @@ from ssn_plugin.ops.ratio_maps import (
     readable,
     unknown_ratios,
 )
-from ssn_plugin.ops.statistics import Settings
+from ssn_plugin.ops.statistics import Settings, takes_part
 
 _BACKEND = os.environ.get('SSN_BACKEND', '')
 if _BACKEND not in ('', 'eager', 'triton'):
@@ -65,6 +67,7 @@ class Plan(NamedTuple):
         settings: Of the layer.
         tracks: Whether the running statistics are updated.
         kind: How ATen does it, where mean and variance are those of one normalizer.
+        group: Processes whose rows all count for 'BN'.
     """
 
     mean: Ratios
@@ -72,6 +75,7 @@ class Plan(NamedTuple):
     settings: Settings
     tracks: bool
     kind: native.Native | None
+    group: ProcessGroup | None = None
 
 
 def switchable_norm(
@@ -87,6 +91,7 @@ def switchable_norm(
     ratio_map: str,
     selection: Selection | None,
     settings: Settings,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Normalise, and update the running statistics; arguments are taken as valid.
 
@@ -104,12 +109,18 @@ def switchable_norm(
         ratio_map: 'sparsestmax', 'softmax', or 'given' for ratios.
         selection: What SparsestMax needs; None for the other maps.
         settings: What else the layer is.
+        group: Processes over whose batches together 'BN' takes its statistics, in training. All of
+            them must come here, with an empty x too.
     """
-    if x.numel() == 0:
+    if group is not None and not _needs_batch(
+        mean_control, var_control, ratio_map, selection, settings
+    ):
+        group = None
+    if x.numel() == 0 and group is None:
         return _empty_result(x, mean_control, var_control, weight, bias)
     if 'BN' not in settings.normalizers:
         running_mean = running_var = None
-    fused = _fused_function(x)
+    fused = None if group is not None else _fused_function(x)
     if fused is not None:
         return fused.apply(
             x,
@@ -144,15 +155,39 @@ def switchable_norm(
         bn = settings.normalizers.index('BN')
         frozen = mean.frozen and var.frozen
         tracks = not frozen or bn in mean.active or bn in var.active
-    if choice is not None and (not tracks or (choice == 'BN' and not isinstance(momentum, Tensor))):
+    if group is not None:
+        pass  # no operator of ATen shares statistics
+    elif choice is not None and (
+        not tracks or (choice == 'BN' and not isinstance(momentum, Tensor))
+    ):
         constant = running_mean is not None and not training
         kind = native.kind_of(x, choice, settings, constant)
     if training and not tracks:
         running_mean = running_var = None
-    plan = Plan(mean, var, settings, tracks, kind)
+    if x.numel() == 0:
+        shares_gradients = takes_part('BN', mean, var, settings)
+        x = EmptyShareFunction.apply(
+            x, running_mean, running_var, momentum, settings.correction, group, shares_gradients
+        )
+        return _empty_result(x, mean_control, var_control, weight, bias)
+    plan = Plan(mean, var, settings, tracks, kind, group)
     return SwitchableNormFunction.apply(
         x, mean_control, var_control, weight, bias, running_mean, running_var, momentum, plan
     )
+
+
+def _needs_batch(
+    mean_control: Tensor,
+    var_control: Tensor,
+    ratio_map: str,
+    selection: Selection | None,
+    settings: Settings,
+) -> bool:
+    """Whether anybody needs the statistics of 'BN', now or for evaluation."""
+    mean, var = host_ratios(mean_control, var_control, ratio_map, selection)
+    if mean is None or var is None or not (mean.frozen and var.frozen):
+        return 'BN' in settings.normalizers
+    return takes_part('BN', mean, var, settings)
 
 
 def _only_choice(mean: Ratios, var: Ratios, settings: Settings) -> str | None:
@@ -206,9 +241,10 @@ class SwitchableNormFunction(torch.autograd.Function):
         Returns:
             y in the dtype of x.
         """
-        mean, var, settings, tracks, kind = plan
+        mean, var, settings, tracks, kind, group = plan
+        batch = None
         if kind is None:
-            y, kept = eager.forward(
+            y, kept, batch = eager.forward(
                 x,
                 mean.filled(mean_control, x),
                 var.filled(var_control, x),
@@ -219,6 +255,7 @@ class SwitchableNormFunction(torch.autograd.Function):
                 tracks,
                 momentum,
                 settings,
+                group,
             )
         else:
             y, kept = native.forward(
@@ -226,11 +263,14 @@ class SwitchableNormFunction(torch.autograd.Function):
             )
         if tracks:
             running_mean = running_var = None
+        count = None
+        if batch is not None:
+            count, running_mean, running_var = batch
         ctx.plan = plan
         ctx.bias_dtype = None if bias is None else bias.dtype
         # Control parameters have a few elements: kept for their dtype and device at least.
         ctx.save_for_backward(
-            x, mean_control, var_control, weight, running_mean, running_var, *kept
+            x, mean_control, var_control, weight, running_mean, running_var, count, *kept
         )
         return y
 
@@ -246,9 +286,10 @@ class SwitchableNormFunction(torch.autograd.Function):
         Returns:
             One entry per argument of the forward pass.
         """
-        x, mean_control, var_control, weight, running_mean, running_var, *kept = ctx.saved_tensors
+        x, mean_control, var_control, weight, *statistics = ctx.saved_tensors
+        running_mean, running_var, count, *kept = statistics
         needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        mean, var, settings, _, kind = ctx.plan
+        mean, var, settings, _, kind, group = ctx.plan
         if kind is None:
             dx, dmean, dvar, dweight, dbias = eager.backward(
                 dy,
@@ -261,6 +302,8 @@ class SwitchableNormFunction(torch.autograd.Function):
                 settings,
                 kept,
                 needs_dx,
+                count,
+                group,
             )
         else:
             dmean = dvar = {}

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from ssn_plugin.ops.collectives import (
+    BatchMoments,
+    all_reduce_gradients,
+    all_reduce_moments,
+    track,
+)
 from ssn_plugin.ops.ratio_maps import Ratios, readable
 from ssn_plugin.ops.statistics import (
     Mixed,
@@ -19,6 +26,7 @@ from ssn_plugin.ops.statistics import (
     mix_statistics,
     row_factor,
     row_gradients,
+    takes_part,
 )
 
 # Added to the row variance so that a constant row has a finite scale; far below any eps in use.
@@ -198,6 +206,11 @@ def worth_keeping(tensors: Sequence[Tensor | None], x: Tensor) -> bool:
     return 64 * sum(t.numel() * t.element_size() for t in tensors if t is not None) <= size
 
 
+def _corrected_moments(x: Tensor, correction: int) -> Rows:
+    rows, factor = row_moments(x), row_factor(_length(x), correction)
+    return rows if factor == 1 else rows._replace(var=rows.var * factor)
+
+
 def _mixed_statistics(
     x: Tensor,
     mean_ratios: Ratios,
@@ -210,10 +223,7 @@ def _mixed_statistics(
     if batch_too or any(
         running is None or settings.normalizers[k] != 'BN' for k in var_ratios.active
     ):
-        rows = row_moments(x)
-        factor = row_factor(_length(x), settings.correction)
-        if factor != 1:
-            rows = rows._replace(var=rows.var * factor)
+        rows = _corrected_moments(x, settings.correction)
     else:
         rows = Rows(row_means(x), None)
     moments = Moments(rows.mean, rows.var)
@@ -239,7 +249,8 @@ def forward(
     tracks: bool,
     momentum: float | Tensor,
     settings: Settings,
-) -> tuple[Tensor, list[Tensor | None]]:
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, list[Tensor | None], BatchMoments | None]:
     """Normalise.
 
     Args:
@@ -254,19 +265,34 @@ def forward(
             those of 'BN'.
         momentum: Weight of the new value.
         settings: What else the layer is.
+        group: Processes whose rows all count for 'BN'; running statistics are then ``tracks``'s
+            alone.
 
     Returns:
-        y in the dtype of x, and what spares :func:`backward` a pass over x.
+        y in the dtype of x; what spares :func:`backward` a pass over x; the moments of the batch if
+        there is a group.
     """
     values, weight, bias, mean, var = _wide(x, weight, bias, running_mean, running_var)
-    running = None if tracks or mean is None else Moments(mean, var)
-    rows, mixed = _mixed_statistics(values, mean_ratios, var_ratios, running, settings, tracks)
+    batch = None
+    if group is None:
+        running = None if tracks or mean is None else Moments(mean, var)
+        rows, mixed = _mixed_statistics(values, mean_ratios, var_ratios, running, settings, tracks)
+    else:
+        running = None
+        rows = _corrected_moments(values, settings.correction)
+        moments = Moments(rows.mean, rows.var)
+        batch = all_reduce_moments(moments, _length(x), group)
+        given = Moments(batch.mean, batch.var)
+        mixed = mix_statistics(moments, mean_ratios, var_ratios, given, settings, batch_too=True)
     gain = mixed.inverse_std if weight is None else mixed.inverse_std * weight
     y = _apply(values, rows, mixed.distance, gain, bias)
-    if tracks:
+    if tracks and batch is not None:
+        track(running_mean, running_var, batch, momentum, settings.correction)
+    elif tracks:
         _track(running_mean, running_var, rows, mixed, momentum, settings, x)
     constant = running is not None
-    return y.to(x.dtype), _kept(x, rows, mixed, mean_ratios, var_ratios, constant, settings)
+    kept = _kept(x, rows, mixed, mean_ratios, var_ratios, constant, settings)
+    return y.to(x.dtype), kept, batch
 
 
 def _unscaled(factor: Tensor, rows: Rows) -> Tensor:
@@ -342,6 +368,8 @@ def backward(
     settings: Settings,
     kept: list[Tensor | None],
     needs_dx: bool,
+    count: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor | None, dict[int, float | Tensor], dict[int, float | Tensor], Tensor, Tensor]:
     """Gradients of one call of :func:`forward`.
 
@@ -356,6 +384,9 @@ def backward(
         settings: What else the layer is.
         kept: What :func:`forward` returned, or nothing, and then x is read once more.
         needs_dx: Whether dx is wanted.
+        count: With a group, that of the batch's moments, which stand in ``running_mean`` and
+            ``running_var``.
+        group: As in the forward.
 
     Returns:
         dx or None; index -> gradient of the ratios that move, of the means and of the variances;
@@ -363,11 +394,12 @@ def backward(
     """
     values, dy, weight, mean, var = _wide(x, dy, weight, running_mean, running_var)
     running = None if mean is None else Moments(mean, var)
+    statistics = (mean_ratios, var_ratios, running, settings, group is not None)
     if not kept:
-        rows, mixed = _mixed_statistics(values, mean_ratios, var_ratios, running, settings)
+        rows, mixed = _mixed_statistics(values, *statistics)
     elif len(kept) == 2:
         rows = Rows(*kept)
-        mixed = mix_statistics(Moments(*kept), mean_ratios, var_ratios, running, settings)
+        mixed = mix_statistics(Moments(*kept), *statistics)
     else:
         size = len(settings.normalizers)
         mean, distance, inverse_std = kept[:3]
@@ -376,8 +408,12 @@ def backward(
 
     sums, products = _row_sums_of(dy, values, rows, mixed)
     gain = mixed.inverse_std if weight is None else mixed.inverse_std * weight
+    grad = Moments(gain * sums, (gain * mixed.inverse_std) * products)
+    shared = None
+    if group is not None and needs_dx and takes_part('BN', mean_ratios, var_ratios, settings):
+        shared = all_reduce_gradients(grad, count, group)
     grads = row_gradients(
-        Moments(gain * sums, (gain * mixed.inverse_std) * products),
+        grad,
         Moments(rows.mean, rows.var),
         mixed,
         mean_ratios,
@@ -385,6 +421,7 @@ def backward(
         running is not None,
         settings,
         _length(x),
+        shared,
     )
     dx = _input_gradient(dy, values, rows, gain, grads).to(x.dtype) if needs_dx else None
     return dx, grads.mean_ratios, grads.var_ratios, products.sum(0), sums.sum(0)
