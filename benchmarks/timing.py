@@ -1,5 +1,6 @@
 """Times several functions in interleaved rounds of one process, so that they share its noise."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 def interleaved(
     steps: dict[str, Callable[[], dict[str, float]]], rounds: int, budget: float
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Run every function once per round, in an order that rotates.
+    """Run every function once per round, in a random order.
 
     Args:
         steps: Name -> function that measures itself and returns its figures.
@@ -67,12 +68,15 @@ def interleaved(
     for step in steps.values():
         step()
     names = list(steps)
+    order = random.Random(0)
     start = time.perf_counter()
     for index in range(rounds):
         if index >= 3 and time.perf_counter() - start > budget:
             return
-        turn = index % len(names)
-        for name in names[turn:] + names[:turn]:
+        # What ran before leaves caches and the allocator in its state: nobody may always follow
+        # the same one.
+        order.shuffle(names)
+        for name in names:
             yield name, steps[name]()
 
 

@@ -184,3 +184,10 @@ def test_straightforward_layer_computes_the_same(benchmark):
         found.append([y.detach(), *gradients])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_tables_of_the_readme_are_those_of_the_results(benchmark):
+    tables = benchmark('tables')
+    text = tables.README.read_text()
+    assert tables.with_tables(text) == text
+    assert tables.tables().count('| geometric mean |') >= 1
