@@ -20,6 +20,9 @@ NEEDS = {
     'mmpretrain_dropout_head': 'mmpretrain',
     'demo_data': 'skimage',
     'plots': 'matplotlib',
+    'figures': 'matplotlib',
+    'history_plots': 'matplotlib',
+    'selection_report': 'matplotlib',
     'triton_kernels': 'triton',
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ssn_plugin.analysis.comparison import Difference
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
 from ssn_plugin.analysis.output import whole_file
 
@@ -111,6 +112,32 @@ def selection_table(rows: Sequence[LayerRatios], title: str) -> 'Table':
             frozen.get((row.mean_fixed, row.var_fixed), ''),
             end_section=depth < len(rows) and rows[depth].place.stage != place.stage,
         )
+    return table
+
+
+def difference_table(found: Sequence[Difference], sources: Sequence[str]) -> 'Table':
+    """The layers in which models prefer different normalizers, for the terminal, by rich.
+
+    Args:
+        found: Of :func:`ssn_plugin.analysis.comparison.differences`.
+        sources: Names of the models, in the same order.
+    """
+    from rich.table import Table
+
+    differing = [difference for difference in found if difference.differs]
+    common = len({difference.layer for difference in found if None not in difference.leading})
+    layers = len({difference.layer for difference in differing})
+    table = Table(
+        title=f'{layers} of {common} common layers prefer another normalizer',
+        title_justify='left',
+        header_style='bold',
+    )
+    for heading in ('layer', 'statistic', *sources):
+        table.add_column(heading, overflow='fold')
+    table.add_column('distance', justify='right')
+    for layer, statistic, leading, distance in differing:
+        shown = [name or '-' for name in leading]
+        table.add_row(layer, statistic, *shown, f'{distance:.2f}')
     return table
 
 

@@ -103,9 +103,11 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
     pictures = [work_dir / 'predictions.png', work_dir / 'selection.png']
     _draw_predictions(runner, task, pictures[0], demo.title)
     rows = importance_ratios(runner.model)
-    from ssn_plugin.analysis.plots import plot_selection
+    from ssn_plugin.analysis.figures import save_figure
+    from ssn_plugin.analysis.plots import selection_figure
 
-    plot_selection(rows, pictures[1], f'{demo.title}: the normalizer each layer chose')
+    title = f'{demo.title}: the normalizer each layer chose'
+    save_figure(selection_figure(rows, title), pictures[1])
     return DemoResult(
         {name: (float(metrics[key]), least) for key, (name, least) in demo.metrics.items()},
         len(rows),

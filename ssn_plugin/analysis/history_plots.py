@@ -1,0 +1,315 @@
+"""Figures of a training: paths in the simplex, and what was decided when.
+
+Importing this module imports matplotlib.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, Polygon
+
+from ssn_plugin.analysis.figures import (
+    new_figure,
+    normalizer_legend,
+    normalizer_style,
+    used_normalizers,
+)
+from ssn_plugin.analysis.history import History
+from ssn_plugin.analysis.importance_ratios import STATISTICS
+from ssn_plugin.analysis.output import whole_file
+from ssn_plugin.analysis.places import place_of
+
+_NAMES = {'mean': 'mean', 'var': 'variance'}
+_MARKERS = {'stem': 'o', 'residual': 'o', 'shortcut': 's', 'FPN': '^', 'head': 'D', 'other': 'o'}
+# The plane of the simplex of three candidates, true to scale: its corners are sqrt(2) apart.
+_CORNERS = np.array([[0.0, 0.0], [math.sqrt(2), 0.0], [math.sqrt(0.5), math.sqrt(1.5)]])
+_CENTRE = _CORNERS.mean(0)
+INRADIUS, CIRCUMRADIUS = math.sqrt(1 / 6), math.sqrt(2 / 3)
+_POINTS = 120  # of a path; more are not to be seen
+
+
+def simplex_figure(history: History, title: str, index: int = -1) -> Figure:
+    """The path of every layer with three candidates in their simplex, and the circle.
+
+    Args:
+        history: Of :func:`ssn_plugin.analysis.history.read_history`.
+        title: Title of the figure.
+        index: The record at which paths end, the last one by default.
+
+    Raises:
+        ValueError: If there is no record, or no layer with three candidates.
+    """
+    drawing = _SimplexDrawing(history, title)
+    drawing.show(index % len(history.lines))
+    return drawing.figure
+
+
+def animate_simplex(
+    history: History,
+    title: str,
+    path: Path,
+    frames: int = 50,
+    progress: Callable[[Sequence[int]], Sequence[int]] = iter,
+) -> None:
+    """Write the simplex figure over the training as an animated GIF.
+
+    Args:
+        history: As for :func:`simplex_figure`.
+        title: Title of the figure.
+        path: File to write.
+        frames: At most so many.
+        progress: Wraps the sequence of frames, to show how far it is.
+
+    Raises:
+        ValueError: As :func:`simplex_figure`.
+    """
+    from PIL import Image
+
+    drawing = _SimplexDrawing(history, title)
+    canvas = FigureCanvasAgg(drawing.figure)
+    drawing.figure.set_dpi(72)
+    pictures = []
+    for index in progress(_spread(len(history.lines), frames)):
+        drawing.show(index)
+        canvas.draw()
+        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+        pictures.append(picture.quantize(64))
+        # Once placed, nothing moves any more.
+        drawing.figure.set_layout_engine('none')
+    first, *others = pictures
+    durations = [120] * len(others) + [2500]
+    with whole_file(path) as temporary:
+        first.save(
+            temporary, 'GIF', save_all=True, append_images=others, duration=durations, loop=0
+        )
+
+
+def run_figure(history: History, title: str) -> Figure:
+    """Loss, decided layers with the radius, and shares of the normalizers over the iterations.
+
+    Args:
+        history: Of :func:`ssn_plugin.analysis.history.read_history`.
+        title: Title of the figure.
+
+    Raises:
+        ValueError: If there is no record.
+    """
+    _check(history)
+    iterations = [line['iter'] for line in history.lines]
+    figure = new_figure(9.0, 8.0)
+    loss, decided, shares = figure.subplots(3, 1, sharex=True)
+    known = [(line['iter'], line['loss']) for line in history.lines if line['loss'] is not None]
+    loss.plot(*zip(*known, strict=True) if known else ((), ()), color='black', linewidth=1)
+    loss.set_ylabel('training loss')
+    if known:
+        loss.set_ylim(0, 1.05 * _most(value for _, value in known))
+
+    _draw_decided(decided, history, iterations)
+    radius = decided.twinx()
+    radius.plot(
+        iterations,
+        [line['radius'] for line in history.lines],
+        color='#777777',
+        linestyle=':',
+        label='radius (right)',
+    )
+    radius.set_ylim(0, 1.05)
+    radius.set_ylabel('radius')
+    handles = [*decided.get_lines(), *radius.get_lines()]
+    decided.legend(
+        handles=handles,
+        loc='lower center',
+        bbox_to_anchor=(0.5, 1),
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+    )
+    if any(len(layer['normalizers']) == 3 for layer in history.layers):
+        for value, text in ((INRADIUS, 'a ratio is zero'), (CIRCUMRADIUS, 'one-hot')):
+            radius.axhline(value, color='#777777', linewidth=0.6, linestyle='--')
+            radius.annotate(
+                f'{value:.3f}: {text}',
+                (0.01, value + 0.015),
+                xycoords=('axes fraction', 'data'),
+                fontsize=8,
+            )
+
+    normalizers = used_normalizers(layer['normalizers'] for layer in history.layers)
+    areas = shares.stackplot(iterations, _shares(history, normalizers))
+    for area, normalizer in zip(areas, normalizers, strict=True):
+        area.set(**normalizer_style(normalizer))
+    shares.set_ylim(0, 1)
+    shares.set_yticks([0, 0.5, 1], ['0', '50 %', '100 %'])
+    shares.set_ylabel('share of the ratios')
+    shares.set_xlabel('iteration')
+    if len(iterations) > 1:
+        shares.set_xlim(iterations[0], iterations[-1])
+    for ax in (loss, shares):
+        ax.spines[['top', 'right']].set_visible(False)
+    normalizer_legend(figure, normalizers)
+    last = history.lines[-1]
+    figure.suptitle(
+        f'{title}\niteration {last["iter"]}: {last["decided"]} of {len(history.layers)} layers are '
+        f'one normalizer, radius {last["radius"]:.3f}'
+    )
+    return figure
+
+
+def _check(history: History) -> None:
+    if not history.lines:
+        raise ValueError(
+            'history: got no record, expected at least one; the training has just begun'
+        )
+
+
+def _most(values) -> float:
+    """Nearly the largest value: single peaks at the start would flatten the rest."""
+    return float(np.percentile(list(values), 99))
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most ``count`` indices out of ``total``, evenly, with both ends."""
+    return sorted({round(i) for i in np.linspace(0, total - 1, min(total, count))})
+
+
+def _draw_decided(ax: Axes, history: History, iterations: Sequence[int]) -> None:
+    both = [line['decided'] for line in history.lines]
+    ax.plot(iterations, both, color='black', drawstyle='steps-post', label='decided: both')
+    styles = {'mean': ('#0072B2', '--'), 'var': ('#D55E00', '-.')}
+    for statistic, (colour, style) in styles.items():
+        counts = [sum(1 in ratios for ratios in line[statistic]) for line in history.lines]
+        ax.plot(
+            iterations,
+            counts,
+            color=colour,
+            linestyle=style,
+            drawstyle='steps-post',
+            label=f'decided: {_NAMES[statistic]}',
+        )
+    ax.set_ylim(0, 1.05 * len(history.layers))
+    ax.set_ylabel(f'layers, of {len(history.layers)}')
+
+
+def _shares(history: History, normalizers: Sequence[str]) -> np.ndarray:
+    """Ratio of each normalizer over the records, averaged over layers and statistics."""
+    totals = np.zeros((len(normalizers), len(history.lines)))
+    for column, line in enumerate(history.lines):
+        for statistic in STATISTICS:
+            for layer, ratios in zip(history.layers, line[statistic], strict=True):
+                for name, ratio in zip(layer['normalizers'], ratios, strict=True):
+                    totals[normalizers.index(name), column] += ratio
+    return totals / (2 * len(history.layers))
+
+
+class _SimplexDrawing:
+    """One triangle per statistic and triple of candidates; its paths can be cut at any record."""
+
+    def __init__(self, history: History, title: str) -> None:
+        _check(history)
+        self.history = history
+        self.title = title
+        triples = dict.fromkeys(
+            tuple(layer['normalizers'])
+            for layer in history.layers
+            if len(layer['normalizers']) == 3
+        )
+        if not triples:
+            raise ValueError('history: got no layer with three candidates, expected one to draw')
+        self.stages = list(dict.fromkeys(place_of(x['layer']).stage for x in history.layers))
+        self.colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.92, len(self.stages)))
+        self.figure = new_figure(11.0, 0.9 + 4.9 * len(triples))
+        axes = self.figure.subplots(len(triples), 2, squeeze=False)
+        self.drawn = []
+        for row, names in zip(axes, triples, strict=True):
+            columns = [i for i, x in enumerate(history.layers) if tuple(x['normalizers']) == names]
+            for ax, statistic in zip(row, STATISTICS, strict=True):
+                self.drawn.append(self._triangle(ax, names, statistic, columns))
+        self.left_out = sum(len(x['normalizers']) != 3 for x in history.layers)
+        self._legend()
+
+    def _triangle(self, ax: Axes, names, statistic: str, columns: list[int]) -> tuple:
+        ax.add_patch(Polygon(_CORNERS, closed=True, facecolor='none', edgecolor='black', lw=1.2))
+        for radius in (0.2, INRADIUS, 0.6):
+            ax.add_patch(
+                Circle(_CENTRE, radius, facecolor='none', edgecolor='#00000030', lw=0.7, ls=':')
+            )
+        circle = Circle(_CENTRE, 0, facecolor='#0000000f', edgecolor='#D55E00', lw=1.4)
+        ax.add_patch(circle)
+        all_points = (
+            np.array([[line[statistic][i] for line in self.history.lines] for i in columns], float)
+            @ _CORNERS
+        )  # layers, records, 2
+        paths, ends = [], []
+        for i, points in zip(columns, all_points, strict=True):
+            place = place_of(self.history.layers[i]['layer'])
+            colour = self.colours[self.stages.index(place.stage)]
+            paths.append(ax.plot([], [], color=colour, linewidth=1, alpha=0.65)[0])
+            ends.append(
+                ax.plot(
+                    *points[:1].T,
+                    marker=_MARKERS[place.kind],
+                    color=colour,
+                    markeredgecolor='white',
+                    markeredgewidth=0.6,
+                    markersize=7,
+                    zorder=3,
+                )[0]
+            )
+        offsets = ((0, -12, 'top'), (0, -12, 'top'), (0, 10, 'bottom'))
+        labels = [
+            ax.annotate(
+                '', corner, (x, y), textcoords='offset points', ha='center', va=va, fontsize=10
+            )
+            for corner, (x, y, va) in zip(_CORNERS, offsets, strict=True)
+        ]
+        # Room for the labels of the corners; the circle may leave it.
+        ax.set_xlim(-0.16, math.sqrt(2) + 0.16)
+        ax.set_ylim(-0.22, math.sqrt(1.5) + 0.2)
+        ax.set_aspect('equal')
+        ax.set_axis_off()
+        ax.set_title(f'ratios of the {_NAMES[statistic]}', fontsize=11)
+        return statistic, names, columns, all_points, circle, paths, ends, labels
+
+    def _legend(self) -> None:
+        handles = [
+            Line2D([], [], color=colour, linewidth=2, label=stage)
+            for stage, colour in zip(self.stages, self.colours, strict=True)
+        ]
+        kinds = dict.fromkeys(place_of(x['layer']).kind for x in self.history.layers)
+        handles += [
+            Line2D([], [], color='#555555', marker=_MARKERS[kind], linestyle='', label=kind)
+            for kind in kinds
+            if _MARKERS[kind] != 'o'
+        ]
+        handles.append(Line2D([], [], color='#D55E00', linewidth=1.4, label='circle'))
+        self.figure.legend(handles=handles, loc='outside right center', fontsize=9)
+
+    def show(self, index: int) -> None:
+        """Draw the paths from the first record to this one.
+
+        Args:
+            index: The record, from 0.
+        """
+        line = self.history.lines[index]
+        picked = _spread(index + 1, _POINTS)
+        for statistic, names, columns, points, circle, paths, ends, labels in self.drawn:
+            circle.set_radius(line['radius'])
+            for own, path, end in zip(points, paths, ends, strict=True):
+                path.set_data(*own[picked].T)
+                end.set_data(*own[index : index + 1].T)
+            ratios = [line[statistic][i] for i in columns]
+            for k, (name, label) in enumerate(zip(names, labels, strict=True)):
+                count = sum(values[k] == 1 for values in ratios)
+                label.set_text(f'{name}: {count} of {len(columns)}')
+        left_out = f'; {self.left_out} layers without three candidates' if self.left_out else ''
+        self.figure.suptitle(
+            f'{self.title}\niteration {line["iter"]}, radius {line["radius"]:.3f}, '
+            f'{line["decided"]} of {len(self.history.layers)} layers are one normalizer{left_out}'
+        )
