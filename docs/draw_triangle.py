@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ssn_plugin import sparsestmax
-from ssn_plugin.analysis.plots import NORMALIZER_COLOURS
+from ssn_plugin.analysis.figures import NORMALIZER_COLOURS
 from ssn_plugin.ops.sparsestmax import circumradius
 
 NAMES = ('IN', 'LN', 'BN')
