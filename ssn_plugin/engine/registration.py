@@ -3,13 +3,17 @@
 The root, because that is where mmcv looks norm layers up from every codebase.
 """
 
+from mmengine.fileio import register_backend
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import CheckpointLoader
 
+from ssn_plugin.engine.checkpoint_hook import SSNCheckpointHook
 from ssn_plugin.engine.checkpoint_schemes import load_from_bn2ssn, load_from_sn2ssn
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
 from ssn_plugin.engine.radius_hook import SSNRadiusHook
 from ssn_plugin.engine.ratio_hook import SSNRatioHook
+from ssn_plugin.engine.resume_hook import SSNResumeHook
+from ssn_plugin.engine.whole_file_backend import WholeFileBackend
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
 from ssn_plugin.layers.sync_ssn import SyncSSN
@@ -20,8 +24,9 @@ for _layer in (SSN, SSN1d, SSN2d, SSN3d, SyncSSN, SN):
     MODELS.register_module(name=_layer.__name__, module=_layer)
 MODELS.register_module(name='SSNResNet', module=build_ssn_resnet)
 MODELS.register_module(name='DropoutLinearClsHead', module=build_dropout_linear_cls_head)
-for _hook in (SSNRadiusHook, SSNRatioHook):
+for _hook in (SSNRadiusHook, SSNRatioHook, SSNResumeHook, SSNCheckpointHook):
     HOOKS.register_module(module=_hook)
 OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=SSNOptimWrapperConstructor)
 CheckpointLoader.register_scheme('bn2ssn://', load_from_bn2ssn)
 CheckpointLoader.register_scheme('sn2ssn://', load_from_sn2ssn)
+register_backend('whole_file', WholeFileBackend)

@@ -1,0 +1,183 @@
+"""SSNResumeHook: random numbers by place; tests/test_interruption.py kills runs that use it."""
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+
+from ssn_plugin.engine.randomness import PlacedSampler, seed_iteration, seed_samples
+
+
+def draws() -> tuple:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+class Draws(Dataset):
+    """A data set of nothing but random numbers."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        assert type(index) is int
+        return index, *draws()
+
+    def get_data_info(self, index):
+        return dict(width=1 + index % 2, height=2 - index % 2)
+
+
+def loader_of(sampler=DefaultSampler, seed=5, run_seed=0, batch_size=2, **settings) -> DataLoader:
+    dataset = Draws()
+    loader = DataLoader(
+        dataset, batch_size, sampler=sampler(dataset, seed=seed), collate_fn=list, **settings
+    )
+    assert seed_samples(loader, run_seed)
+    return loader
+
+
+def first(loader, batches: int) -> list:
+    iterator = iter(loader)
+    return [item for _ in range(batches) for item in next(iterator)]
+
+
+def test_iterations_have_numbers_of_their_own():
+    found = set()
+    for seed in (0, 1):
+        for iteration in range(50):
+            seed_iteration(seed, iteration)
+            numbers = draws()
+            seed_iteration(seed, iteration)
+            assert draws() == numbers
+            found |= set(numbers)
+    assert len(found) == 2 * 50 * 3
+
+
+def test_samples_have_numbers_of_their_own_in_every_epoch_and_process():
+    loader = loader_of()
+    epochs = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        epochs += first(loader, 5)
+    assert sorted(index for index, *_ in epochs) == sorted([*range(10)] * 3)
+    assert len({number for _, *numbers in epochs for number in numbers}) == 3 * 10 * 3
+    seed_iteration(0, 0)
+    assert not {*draws()} & {number for _, *numbers in epochs for number in numbers}
+
+    other = loader_of(num_workers=2, persistent_workers=True)
+    again = []
+    for epoch in range(3):
+        other.sampler.set_epoch(epoch)
+        again += first(other, 5)
+    assert again == epochs
+    assert first(loader_of(run_seed=1), 5) != epochs[:10]
+
+
+def test_loading_leaves_the_generators_alone():
+    seed_iteration(0, 0)
+    before = draws()
+    seed_iteration(0, 0)
+    loader_of().dataset.__getitems__([1, 2, 3])
+    assert draws() == before
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_skipping_goes_to_the_place(num_workers):
+    straight = first(loader_of(InfiniteSampler), 12)
+    loader = loader_of(InfiniteSampler, num_workers=num_workers)
+    loader.sampler.skip(14)  # as mmengine does: by the sampler that the loader knows
+    assert first(loader, 5) == straight[14:]
+
+
+def test_indices_of_another_kind_of_batches():
+    """mmdet's, which collects images of like shape; and what else the sampler has is there."""
+    pytest.importorskip('mmdet')
+    from mmdet.datasets.samplers import AspectRatioBatchSampler
+
+    dataset = Draws()
+    batches = AspectRatioBatchSampler(DefaultSampler(dataset, seed=3), 2)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list)
+    assert seed_samples(loader, 0)
+    loader.batch_sampler.sampler.set_epoch(1)
+    assert loader.batch_sampler.sampler.epoch == 1
+    found = [item for batch in loader for item in batch]
+    assert len(loader.batch_sampler.sampler) == len(found) == 10
+    assert len({number for _, *numbers in found for number in numbers}) == 30
+
+
+def test_seeding_twice_is_once():
+    loader = loader_of()
+    once = first(loader, 5)
+    assert seed_samples(loader, 0)
+    assert first(loader, 5) == once
+    assert not isinstance(loader.batch_sampler.sampler.sampler, PlacedSampler)
+
+
+def test_data_sets_go_to_processes_that_are_spawned():
+    dataset = loader_of().dataset
+    assert pickle.loads(pickle.dumps(dataset)).__getitems__.dataset.__class__ is Draws
+
+
+def test_loaders_without_places():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+    for loader in (
+        DataLoader(Stream(), 2),
+        DataLoader(Draws(), batch_size=None),
+        DataLoader(Draws(), batch_sampler=BatchSampler(RandomSampler(Draws()), 2, False)),
+    ):
+        assert not seed_samples(loader, 0)
+        assert len(list(loader)) > 0
+
+
+RESUME = dict(type='SSNResumeHook')
+RADIUS = dict(type='SSNRadiusHook')
+
+
+def test_another_sampler_is_said(make_runner):
+    runner = make_runner(hooks=[RADIUS, RESUME])
+    loader = DataLoader(runner.train_dataloader.dataset, 3, shuffle=True)
+    runner = make_runner(hooks=[RADIUS, RESUME], train_dataloader=loader)
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert 'sampler: got RandomSampler, expected DefaultSampler or InfiniteSampler' in log
+
+
+@pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
+def test_a_seed_that_was_drawn_comes_back_with_the_order_of_the_data(make_runner, by_epoch):
+    name = 'epoch_1.pth' if by_epoch else 'iter_5.pth'
+    straight = make_runner(by_epoch, hooks=[RADIUS, RESUME], randomness=dict(seed=None))
+    straight.train()
+    for hooks, equal in (([RADIUS, RESUME], True), ([RADIUS], False)):
+        resumed = make_runner(
+            by_epoch,
+            hooks=hooks,
+            randomness=dict(seed=None),
+            load_from=f'{straight.work_dir}/{name}',
+            resume=True,
+        )
+        assert resumed.seed != straight.seed
+        resumed.train()
+        pairs = zip(resumed.model.parameters(), straight.model.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs) == equal
+
+
+def test_a_sampler_with_a_seed_of_its_own_keeps_it(make_runner):
+    runner = make_runner(hooks=[RADIUS, RESUME])
+    sampler = dict(type='InfiniteSampler', shuffle=True, seed=77)
+    loader = dict(
+        dataset=dict(type='ToyImages'),
+        batch_size=3,
+        sampler=sampler,
+        collate_fn=dict(type='default_collate'),
+    )
+    runner = make_runner(hooks=[RADIUS, RESUME], train_dataloader=loader)
+    runner.train()
+    assert runner.train_dataloader.sampler.seed == 77
+    assert runner.seed != 77
