@@ -49,4 +49,9 @@ def test_config_of_the_readme_builds(tmp_path):
     assert sum(name.startswith('backbone.') for name in layers) == 53
     assert sum(name.startswith('neck.') for name in layers) == 8
     assert config.optim_wrapper.constructor == 'SSNOptimWrapperConstructor'
-    assert {hook.type for hook in config.custom_hooks} == {'SSNRadiusHook', 'SSNRatioHook'}
+    assert [hook.type for hook in config.custom_hooks] == [
+        'SSNRadiusHook',
+        'SSNRatioHook',
+        'SSNResumeHook',
+    ]
+    assert config.default_hooks.checkpoint.type == 'SSNCheckpointHook'

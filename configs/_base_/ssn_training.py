@@ -1,8 +1,9 @@
-"""The training rules of SSN: radius schedule, ratio log, control-parameter optimisation.
+"""The training rules of SSN: radius schedule, ratio log, control parameters, safe interruption.
 
 Add this file to `_base_` of any mmdet or mmseg config, then write
-`optim_wrapper = {{_base_.ssn_optim_wrapper}}` there: it merges into the optimizer wrapper of the
-schedule. Two bases may not define the same name, so this file cannot set `optim_wrapper` itself.
+`optim_wrapper = {{_base_.ssn_optim_wrapper}}` and `default_hooks = {{_base_.ssn_default_hooks}}`
+there: they merge into the optimizer wrapper and the hooks of the other bases. Two bases may not
+define the same name, so this file cannot set them itself.
 """
 
 custom_imports = dict(imports=['ssn_plugin'], allow_failed_imports=False)
@@ -12,7 +13,11 @@ custom_hooks = [
     # sqrt(2/3), which is after 81.65 % of the training.
     dict(type='SSNRadiusHook', begin=0.0, end=1.0, start_radius=0.0, end_radius=1.0),
     dict(type='SSNRatioHook'),
+    # A run that is killed and resumed goes on with the random numbers of one that is not.
+    dict(type='SSNResumeHook'),
 ]
+# No kill and no full disk breaks the only checkpoint.
+ssn_default_hooks = dict(checkpoint=dict(type='SSNCheckpointHook'))
 
 ssn_optim_wrapper = dict(
     constructor='SSNOptimWrapperConstructor',

@@ -11,3 +11,4 @@ model = dict(
     auxiliary_head=dict(norm_cfg=norm_cfg),
 )
 optim_wrapper = {{_base_.ssn_optim_wrapper}}
+default_hooks = {{_base_.ssn_default_hooks}}

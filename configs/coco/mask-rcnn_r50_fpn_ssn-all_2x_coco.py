@@ -8,3 +8,4 @@ model = dict(
     roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)),
 )
 optim_wrapper = {{_base_.ssn_optim_wrapper}}
+default_hooks = {{_base_.ssn_default_hooks}}

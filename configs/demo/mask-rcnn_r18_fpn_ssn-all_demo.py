@@ -114,7 +114,7 @@ test_evaluator = val_evaluator
 optim_wrapper = {{_base_.ssn_optim_wrapper}}
 default_hooks = dict(
     logger=dict(interval=20),
-    checkpoint=dict(by_epoch=False, interval=400, max_keep_ckpts=1),
+    checkpoint=dict(type='SSNCheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False, window_size=20)
 env_cfg = dict(dist_cfg=dict(backend='gloo'))
