@@ -23,6 +23,8 @@ NEEDS = {
     'figures': 'matplotlib',
     'history_plots': 'matplotlib',
     'selection_report': 'matplotlib',
+    'curves': 'matplotlib',
+    'report_page': 'jinja2',
     'triton_kernels': 'triton',
 }
 

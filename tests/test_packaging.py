@@ -61,7 +61,9 @@ def metadata(tmp_path_factory):
 def test_wheel_contains_package_and_mim_folder_and_nothing_else(tree, tmp_path):
     content = names(build('wheel', tree, tmp_path))
     wanted = [
-        path.relative_to(tree) for path in (tree / 'ssn_plugin').rglob('*') if path.suffix == '.py'
+        path.relative_to(tree)
+        for path in (tree / 'ssn_plugin').rglob('*')
+        if path.suffix == '.py' or path.parent.name == 'templates'
     ]
     for folder in ('configs', 'tools'):
         files = [path for path in (tree / folder).rglob('*') if path.is_file()]

@@ -3,7 +3,7 @@
 The first line tells what stays the same, every other one the state after some iteration::
 
     {"layers": [{"layer": "backbone.sn1", "normalizers": ["IN", "LN", "BN"], "channels": 64,
-     "sparse": true}, ...], "about": {"torch": "2.13.0", ...}}
+     "sparse": true}, ...], "about": {"max_iters": 800, "versions": {...}}}
     {"iter": 10, "radius": 0.0125, "decided": 0, "loss": 1.31, "mean": [[0.33, 0.33, 0.34], ...],
      "var": ..., "mean_fixed": [0, ...], "var_fixed": ...}
 
@@ -33,12 +33,12 @@ class History(NamedTuple):
     Attributes:
         layers: What stays the same of each layer: ``layer``, ``normalizers``, ``channels`` and
             ``sparse``, which is true of an SSN and false of an SN.
-        about: Versions and other facts of the run.
+        about: Facts of the run: ``max_iters``, ``versions``.
         lines: The records, in the order of their ``iter``.
     """
 
     layers: list[dict]
-    about: dict[str, str]
+    about: dict
     lines: list[dict]
 
     def rows(self, index: int = -1) -> list[LayerRatios]:
@@ -65,7 +65,7 @@ class History(NamedTuple):
 
 
 def start_history(
-    path: Path, rows: Sequence[LayerRatios], about: Mapping[str, str], iteration: int = 0
+    path: Path, rows: Sequence[LayerRatios], about: Mapping[str, object], iteration: int = 0
 ) -> None:
     """Begin a file, or go on with that of a resumed run.
 

@@ -4,7 +4,7 @@ Importing this module imports matplotlib.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -19,9 +19,10 @@ from ssn_plugin.analysis.figures import (
     new_figure,
     normalizer_legend,
     normalizer_style,
+    save_figure,
     used_normalizers,
 )
-from ssn_plugin.analysis.history import History
+from ssn_plugin.analysis.history import History, HistoryError
 from ssn_plugin.analysis.importance_ratios import STATISTICS
 from ssn_plugin.analysis.output import whole_file
 from ssn_plugin.analysis.places import place_of
@@ -44,7 +45,7 @@ def simplex_figure(history: History, title: str, index: int = -1) -> Figure:
         index: The record at which paths end, the last one by default.
 
     Raises:
-        ValueError: If there is no record, or no layer with three candidates.
+        HistoryError: If there is no record, or no layer with three candidates.
     """
     drawing = _SimplexDrawing(history, title)
     drawing.show(index % len(history.lines))
@@ -56,7 +57,7 @@ def animate_simplex(
     title: str,
     path: Path,
     frames: int = 50,
-    progress: Callable[[Sequence[int]], Sequence[int]] = iter,
+    progress: Callable[[Sequence], Iterable] = iter,
 ) -> None:
     """Write the simplex figure over the training as an animated GIF.
 
@@ -68,7 +69,7 @@ def animate_simplex(
         progress: Wraps the sequence of frames, to show how far it is.
 
     Raises:
-        ValueError: As :func:`simplex_figure`.
+        HistoryError: As :func:`simplex_figure`.
     """
     from PIL import Image
 
@@ -80,7 +81,7 @@ def animate_simplex(
         drawing.show(index)
         canvas.draw()
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-        pictures.append(picture.quantize(64))
+        pictures.append(picture.quantize(64, dither=Image.Dither.NONE))
         # Once placed, nothing moves any more.
         drawing.figure.set_layout_engine('none')
     first, *others = pictures
@@ -99,7 +100,7 @@ def run_figure(history: History, title: str) -> Figure:
         title: Title of the figure.
 
     Raises:
-        ValueError: If there is no record.
+        HistoryError: If there is no record.
     """
     _check(history)
     iterations = [line['iter'] for line in history.lines]
@@ -131,7 +132,7 @@ def run_figure(history: History, title: str) -> Figure:
         frameon=False,
         fontsize=8,
     )
-    if any(len(layer['normalizers']) == 3 for layer in history.layers):
+    if has_triples(history):
         for value, text in ((INRADIUS, 'a ratio is zero'), (CIRCUMRADIUS, 'one-hot')):
             radius.axhline(value, color='#777777', linewidth=0.6, linestyle='--')
             radius.annotate(
@@ -162,11 +163,54 @@ def run_figure(history: History, title: str) -> Figure:
     return figure
 
 
+def write_history_figures(
+    history: History,
+    title: str,
+    folder: Path,
+    gif: bool = False,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> list[Path]:
+    """Write :func:`run_figure` and :func:`simplex_figure` as PNG and SVG.
+
+    Args:
+        history: Of :func:`ssn_plugin.analysis.history.read_history`.
+        title: Title of the figures.
+        folder: Where to; it exists.
+        gif: Also write the animation.
+        progress: Wraps the sequence of frames, to show how far it is.
+
+    Returns:
+        The files: ``history.*``, and ``simplex.*`` where layers have three candidates.
+
+    Raises:
+        HistoryError: If there is no record.
+    """
+    figures = {'history': run_figure(history, title)}
+    if has_triples(history):
+        figures['simplex'] = simplex_figure(history, title)
+    written = []
+    for name, figure in figures.items():
+        for suffix in ('.png', '.svg'):
+            written.append(folder / f'{name}{suffix}')
+            save_figure(figure, written[-1])
+    if gif and has_triples(history):
+        written.append(folder / 'simplex.gif')
+        animate_simplex(history, title, written[-1], progress=progress)
+    return written
+
+
+def has_triples(history: History) -> bool:
+    """Whether any layer has three candidates, so that there is a triangle to draw.
+
+    Args:
+        history: Of :func:`ssn_plugin.analysis.history.read_history`.
+    """
+    return any(len(layer['normalizers']) == 3 for layer in history.layers)
+
+
 def _check(history: History) -> None:
     if not history.lines:
-        raise ValueError(
-            'history: got no record, expected at least one; the training has just begun'
-        )
+        raise HistoryError('history: has no record yet; the training has just begun')
 
 
 def _most(values) -> float:
@@ -221,7 +265,7 @@ class _SimplexDrawing:
             if len(layer['normalizers']) == 3
         )
         if not triples:
-            raise ValueError('history: got no layer with three candidates, expected one to draw')
+            raise HistoryError('history: has no layer with three candidates, expected one to draw')
         self.stages = list(dict.fromkeys(place_of(x['layer']).stage for x in history.layers))
         self.colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.92, len(self.stages)))
         self.figure = new_figure(11.0, 0.9 + 4.9 * len(triples))

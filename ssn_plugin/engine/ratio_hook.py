@@ -25,10 +25,13 @@ class SSNRatioHook(Hook):
     - to ``ratios.jsonl`` in the work dir: one line with all of it
       (:mod:`ssn_plugin.analysis.history`). A resumed run goes on with the file.
 
-    It costs one synchronisation with the device per interval.
+    It costs one synchronisation with the device per interval. After the training, the visualizer
+    gets the figures, and the work dir a ``report.html``
+    (:func:`ssn_plugin.engine.report.write_report`); what fails there is one warning.
 
     Args:
         interval: Iterations between two records.
+        report: Whether to draw at the end.
 
     Raises:
         ValueError: If ``interval`` is no positive integer.
@@ -40,10 +43,11 @@ class SSNRatioHook(Hook):
     # Before LoggerHook, which prints what is recorded here.
     priority = 'NORMAL'
 
-    def __init__(self, interval: int = 10) -> None:
+    def __init__(self, interval: int = 10, report: bool = True) -> None:
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval: got {interval!r}, expected a positive integer')
         self.interval = interval
+        self.report = report
         self._history: Path | None = None
 
     def before_train(self, runner) -> None:
@@ -57,7 +61,8 @@ class SSNRatioHook(Hook):
             return
         path = Path(runner.work_dir) / HISTORY_FILE
         try:
-            start_history(path, rows, versions(), runner.iter)
+            about = dict(max_iters=runner.max_iters, versions=versions())
+            start_history(path, rows, about, runner.iter)
         except OSError as error:
             runner.logger.warning(f'SSNRatioHook: cannot write {path}: {error}')
         else:
@@ -93,6 +98,31 @@ class SSNRatioHook(Hook):
                 f'{error}'
             )
             self._history = None
+
+    def after_train(self, runner) -> None:
+        """Draw.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        if not self.report or self._history is None:
+            return
+        try:
+            # Here, so that a training that draws nothing needs no matplotlib.
+            from ssn_plugin.engine.report import figure_images, write_report
+
+            work_dir = Path(runner.work_dir)
+            for name, image in figure_images(work_dir):
+                runner.visualizer.add_image(name, image, step=runner.iter)
+            path = write_report(work_dir)
+        except Exception as error:
+            # Whatever it is: the training it reports on has come to its end and is worth more.
+            reason = ' '.join(str(error).split())[:300]
+            runner.logger.warning(
+                f'SSNRatioHook: no report of {runner.work_dir}: {type(error).__name__}: {reason}'
+            )
+        else:
+            runner.logger.info(f'SSNRatioHook: the report is {path}')
 
     def _loss(self, runner) -> float | None:
         """Mean of the loss over the interval; the host framework has it as numbers already."""

@@ -1,20 +1,27 @@
-"""SSNRatioHook: what reaches the log, the message hub and TensorBoard, and in which iterations."""
+"""SSNRatioHook: what reaches log, message hub, TensorBoard, history and report, and when."""
 
+import io
+import os
 import re
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin.analysis.history import read_history
+from ssn_plugin.analysis.importance_ratios import importance_ratios
 from ssn_plugin.engine.ratio_hook import SSNRatioHook, importance_scalars
 
-HOOKS = (dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=5))
+# Drawing takes longer than these runs: the tests of the report do it.
+HOOKS = (dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=5, report=False))
 
 
 def tensorboard():
@@ -275,6 +282,152 @@ def test_run_without_such_layers(make_runner):
         model=dict(type='ToyNet', norm_cfg=dict(type='BN')),
     )
     runner.train()
+    assert not {'ratios.jsonl', 'report.html'} & set(os.listdir(runner.work_dir))
     scalars = scalars_of(runner)
     assert 'loss' in scalars
     assert not [tag for tag in scalars if tag.startswith('ssn')]
+
+
+# ---------------------------------------------------------------- ratios.jsonl
+
+
+@pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
+def test_history_of_a_run(make_runner, by_epoch):
+    runner = make_runner(by_epoch, hooks=HOOKS)
+    spy = Ratios()
+    runner.register_hook(spy)
+    losses = []
+    runner.model.register_forward_hook(lambda *args: losses.append(float(args[2]['loss'])))
+    runner.train()
+    history = read_history(Path(runner.work_dir))
+    assert history.about['max_iters'] == 12
+    assert history.about['versions']['torch'] == torch.__version__
+    assert [line['iter'] for line in history.lines] == [5, 10, 12]
+    assert [line['decided'] for line in history.lines] == [0, 2, 2]
+    assert [line['radius'] for line in history.lines] == pytest.approx([4 / 11, 9 / 11, 1])
+    assert [layer['layer'] for layer in history.layers] == ['norm1', 'norm2']
+    for index, line in enumerate(history.lines):
+        recorded = spy.history[line['iter'] - 1]
+        for row in history.rows(index):
+            for statistic in ('mean', 'var'):
+                for name, ratio in row.ratios(statistic).items():
+                    expected = recorded[f'ssn/{row.layer}/{statistic}/{name}']
+                    assert ratio == pytest.approx(expected, abs=1e-6)
+    expected = [sum(losses[:5]) / 5, sum(losses[5:10]) / 5, sum(losses[7:12]) / 5]
+    assert [line['loss'] for line in history.lines] == pytest.approx(expected)
+    assert history.rows() == importance_ratios(runner.model)
+
+
+def test_history_of_a_resumed_run(make_runner):
+    hooks = (dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=1, report=False))
+    runner = make_runner(hooks=hooks)
+    runner.train()
+    path = Path(runner.work_dir) / 'ratios.jsonl'
+    whole = read_history(path)
+    resumed = make_runner(
+        hooks=hooks,
+        work_dir=runner.work_dir,
+        load_from=str(Path(runner.work_dir) / 'iter_7.pth'),
+        resume=True,
+    )
+    resumed.train()
+    again = read_history(path)
+    assert [line['iter'] for line in again.lines] == list(range(1, 13))
+    assert again.lines[:7] == whole.lines[:7]
+    assert again.layers == whole.layers
+
+
+def test_other_processes_write_no_history(make_runner, monkeypatch):
+    monkeypatch.setattr('ssn_plugin.engine.ratio_hook.is_main_process', lambda: False)
+    runner = make_runner(hooks=HOOKS)
+    runner.train()
+    assert 'ratios.jsonl' not in os.listdir(runner.work_dir)
+    assert runner.message_hub.get_scalar('train/ssn_decided').current() == 2
+
+
+def test_a_history_that_cannot_be_written_is_one_warning(make_runner, tmp_path):
+    runner = make_runner(hooks=HOOKS)
+    (Path(runner.work_dir) / 'ratios.jsonl').mkdir()
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert log.count('SSNRatioHook: cannot write') == 1
+    assert runner.iter == 12
+
+
+def test_a_history_that_disappears_is_one_warning(make_runner):
+    class Remove(Hook):
+        priority = 'VERY_HIGH'
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            if runner.iter == 6:
+                path = Path(runner.work_dir) / 'ratios.jsonl'
+                path.unlink()
+                path.mkdir()
+
+    runner = make_runner(hooks=HOOKS)
+    runner.register_hook(Remove())
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert log.count('any more, so it stops doing so') == 1
+    assert runner.iter == 12
+
+
+def test_one_synchronisation_per_interval(make_runner, monkeypatch):
+    """Ratios become numbers in the interval's iterations alone, by one transfer each."""
+    reads = []
+    original = torch.Tensor.tolist
+
+    def counted(tensor):
+        reads.append(tensor.numel())
+        return original(tensor)
+
+    model = nn.Sequential(SSN(4), SSN(4), SN(4))
+    monkeypatch.setattr(torch.Tensor, 'tolist', counted)
+    hook = SSNRatioHook(interval=5)
+    runner = Mock(model=model, max_iters=10)
+    for runner.iter in range(10):
+        hook.after_train_iter(runner, batch_idx=0)
+    assert reads == [2 * 6 + 2 * 3 + 6] * 2
+
+
+# ---------------------------------------------------------------- the end of a training
+
+
+def test_figures_and_report_at_the_end(make_runner):
+    runner = make_runner(
+        hooks=(dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=1)),
+        visualizer=dict(
+            type='Visualizer',
+            vis_backends=[dict(type='TensorboardVisBackend'), dict(type='LocalVisBackend')],
+        ),
+    )
+    runner.train()
+    names = {'ssn_selection', 'ssn_shares', 'ssn_history', 'ssn_simplex'}
+    (file,) = Path(runner.work_dir).rglob('events.out.tfevents.*')
+    events = EventAccumulator(str(file), size_guidance=dict(images=0)).Reload()
+    assert set(events.Tags()['images']) == names
+    for name in names:
+        (event,) = events.Images(name)
+        assert event.step == 12
+        (local,) = Path(runner.work_dir).rglob(f'vis_image/{name}_12.png')
+        with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
+            drawn = np.asarray(picture.convert('RGB'))
+        assert np.array_equal(drawn, np.asarray(Image.open(local).convert('RGB')))
+        assert drawn.std() > 10
+    report = (Path(runner.work_dir) / 'report.html').read_text()
+    assert '2 of 2 layers are one normalizer' in report
+    assert 'ended after 12 iterations' in report
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert 'SSNRatioHook: the report is ' in log
+
+
+def test_a_report_that_fails_is_one_warning(make_runner):
+    runner = make_runner(hooks=(dict(type='SSNRadiusHook'), dict(type='SSNRatioHook')))
+    (Path(runner.work_dir) / 'report.html').mkdir()
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    (line,) = (line for line in log.splitlines() if 'no report of' in line)
+    assert 'WARNING' in line
+    assert 'Traceback' not in log
+    assert sorted(os.listdir(Path(runner.work_dir) / 'report.html')) == []
+    assert not list(Path(runner.work_dir).glob('.report*'))
