@@ -80,11 +80,12 @@ def animate_simplex(
     for index in progress(_spread(len(history.lines), frames)):
         drawing.show(index)
         canvas.draw()
-        picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-        pictures.append(picture.quantize(64, dither=Image.Dither.NONE))
+        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
         # Once placed, nothing moves any more.
         drawing.figure.set_layout_engine('none')
-    first, *others = pictures
+    # One palette, that of the end, or the colours of the legend would flicker.
+    palette = pictures[-1].quantize(255)
+    first, *others = (p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures)
     durations = [120] * len(others) + [2500]
     with whole_file(path) as temporary:
         first.save(
