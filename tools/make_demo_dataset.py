@@ -9,15 +9,8 @@ import sys
 import time
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit with 1."""
-
-    def error(self, message: str) -> None:
-        self.exit(1, f'error: {message}\n')
-
-
 def parse_args() -> argparse.Namespace:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         description='Make a small data set for detection and segmentation from the photographs '
         'inside scikit-image (no downloads), in the layouts of COCO, Cityscapes and ADE20K.',
         epilog='example: python tools/make_demo_dataset.py data/demo --train 400 --val 80',
@@ -63,10 +56,13 @@ def main() -> int:
             progress=show_progress,
         )
     except (ValueError, ImportError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'make_demo_dataset.py: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f'\nerror: interrupted; nothing was written to {args.out}', file=sys.stderr)
+        print(
+            f'\nmake_demo_dataset.py: interrupted; nothing was written to {args.out}',
+            file=sys.stderr,
+        )
         return 1
     if written:
         print(

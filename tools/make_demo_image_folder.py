@@ -8,15 +8,8 @@ import argparse
 import sys
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line and exit with 1."""
-
-    def error(self, message: str) -> None:
-        self.exit(1, f'error: {message}\n')
-
-
 def parse_args() -> argparse.Namespace:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         description='Make train/CLASS/*.jpg and val/CLASS/*.jpg of 4 objects and 7 textures from '
         'the photographs inside scikit-image (no downloads).',
         epilog='example: python tools/make_demo_image_folder.py data/imagefolder --train 200',
@@ -52,10 +45,13 @@ def main() -> int:
             overwrite=args.overwrite,
         )
     except (ValueError, ImportError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'make_demo_image_folder.py: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f'\nerror: interrupted; nothing was written to {args.out}', file=sys.stderr)
+        print(
+            f'\nmake_demo_image_folder.py: interrupted; nothing was written to {args.out}',
+            file=sys.stderr,
+        )
         return 1
     what = f'{args.train} + {args.val} pictures per class'
     print(f'{what} written to {args.out}' if written else f'{args.out} already holds {what}')

@@ -151,6 +151,8 @@ def python_problems(version: tuple, whose: str) -> list:
 
 def venv_problems(venv: Path, family: str) -> list:
     """Return what speaks against setting up this family in this folder."""
+    if venv.exists() and not venv.is_dir():
+        return [f'{venv} is a file, expected a folder']
     version = python_version(venv)
     if not version:
         found = [

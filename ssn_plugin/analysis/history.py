@@ -142,7 +142,7 @@ def read_history(path: Path) -> History:
     Raises:
         HistoryError: If there is no such file, or it is none.
     """
-    if path.is_dir():
+    if path.suffix != '.jsonl':
         path = path / HISTORY_FILE
     if not path.is_file():
         raise HistoryError(
