@@ -5,7 +5,6 @@ import contextlib
 import csv
 import datetime
 import fcntl
-import io
 import os
 import subprocess
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 import ssn_plugin
+from ssn_plugin.analysis.output import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, object]
@@ -122,16 +122,10 @@ def record(path: Path, key: Row, rows: Sequence[Row]) -> None:
         fields = list(rows[0])
         if kept and list(kept[0]) != fields:
             raise ValueError(f'{path}: got the fields {fields}, expected {list(kept[0])}')
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fields, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows([*kept, *rows])
-        fresh = path.with_name(f'.{path.name}.{os.getpid()}')
-        with open(fresh, 'w', newline='') as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
+        with whole_file(path) as temporary, open(temporary, 'w', newline='') as file:
+            writer = csv.DictWriter(file, fields, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows([*kept, *rows])
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A training in pieces: it stops behind an epoch once the budget is spent, and goes on later."""
+"""A training in pieces: it stops behind a checkpoint once the budget is spent, to go on later."""
 
 import time
 
@@ -28,6 +28,7 @@ class PieceHook(Hook):
         self.budget = budget
         self.seconds = 0.0
         self.pieces = 0
+        self._saved = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Read what the earlier pieces took.
@@ -57,10 +58,25 @@ class PieceHook(Hook):
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
+        self._saved = True
         checkpoint['meta']['study_pieces'] = (self.seconds, self.pieces)
 
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Stop behind a checkpoint of an iteration if the budget is spent.
+
+        Args:
+            runner: mmengine's Runner.
+            batch_idx: Unused.
+            data_batch: Unused.
+            outputs: Unused.
+
+        Raises:
+            BudgetSpentError: If it is, and iterations are left.
+        """
+        self._stop(runner.iter + 1 < runner.max_iters)
+
     def after_train_epoch(self, runner) -> None:
-        """Stop if the budget is spent.
+        """Stop behind a checkpoint of an epoch if the budget is spent.
 
         Args:
             runner: mmengine's Runner.
@@ -68,5 +84,9 @@ class PieceHook(Hook):
         Raises:
             BudgetSpentError: If it is, and epochs are left.
         """
-        if self.budget.spent and runner.epoch + 1 < runner.max_epochs:
+        self._stop(runner.iter < runner.max_iters)
+
+    def _stop(self, unfinished: bool) -> None:
+        if self._saved and unfinished and self.budget.spent:
             raise BudgetSpentError
+        self._saved = False

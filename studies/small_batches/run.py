@@ -7,13 +7,14 @@ processes may run this at the same time. Needs mmpretrain.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
 from ssn_plugin.engine.class_folders import check_class_folders
 from ssn_plugin.engine.preflight import InputError, check_data, load_config
 from studies.ledger import (
@@ -37,7 +38,6 @@ SIZES = {
 }
 # The demo's learning rate, and the batch it is for.
 LR, LR_BATCH = 0.05, 32
-CANDIDATES = ('IN', 'LN', 'BN')
 
 
 def plan(size: str) -> list[Row]:
@@ -70,20 +70,18 @@ def config_of(run: Row, data: Path, work_dir: Path) -> Config:
     if norm == 'GN':
         norm_cfg['num_groups'] = size['groups']
     iterations = sum(1 for _ in data.glob('train/*/*')) // batch
-    radius_hook, ratio_hook = config.custom_hooks
+    hooks = {hook.type: hook for hook in config.custom_hooks}
+    hooks['SSNRatioHook'].interval = max(iterations, 1)
     if norm == 'SSN-radius0':
-        radius_hook['end_radius'] = 0.0
-    rules = config.optim_wrapper.pop('paramwise_cfg')
-    constructor = config.optim_wrapper.pop('constructor')
+        hooks['SSNRadiusHook'].end_radius = 0.0
+    rules = config.optim_wrapper.paramwise_cfg
     if norm == 'SN':  # those of configs/_base_/sn_training.py
-        rules = dict(ssn_lr_mult=1.0, ssn_decay_mult=0.0, ssn_clip_norm=None)
-    if norm in ('BN', 'GN'):
-        config.custom_hooks = []
-    else:
-        config.optim_wrapper.update(constructor=constructor, paramwise_cfg=rules)
-        config.custom_hooks = [radius_hook] * (norm != 'SN') + [
-            dict(ratio_hook, interval=max(iterations, 1))
-        ]
+        rules.update(ssn_lr_mult=1.0, ssn_decay_mult=0.0, ssn_clip_norm=None)
+        del hooks['SSNRadiusHook']
+    elif norm in ('BN', 'GN'):
+        del hooks['SSNRadiusHook'], hooks['SSNRatioHook']
+        del config.optim_wrapper.constructor, config.optim_wrapper.paramwise_cfg
+    config.custom_hooks = list(hooks.values())
     config.merge_from_dict(
         {
             'model.backbone.base_channels': channels,
@@ -144,35 +142,35 @@ def run_one(run: Row, data: Path, work_dir: Path, out: Path, budget: Budget, dev
     }
 
 
-def choices(run: Row, ratios: list) -> list[Row]:
+def choices(run: Row, ratios: Sequence[LayerRatios]) -> list[Row]:
     """Rows of selections.csv: the importance ratios of each layer's mean and variance.
 
     Args:
         run: An entry of the plan.
-        ratios: Layer by layer, from :func:`ssn_plugin.analysis.importance_ratios`.
+        ratios: Layer by layer.
     """
     return [
         {
             **run,
             'layer': row.layer.removeprefix('backbone.'),
             'statistic': statistic,
-            **{name: f'{value:.4f}' for name, value in zip(CANDIDATES, values, strict=True)},
+            **{name: f'{value:.4f}' for name, value in row.ratios(statistic).items()},
         }
         for row in ratios
-        for statistic, values in (('mean', row.mean_ratios), ('var', row.var_ratios))
+        for statistic in STATISTICS
     ]
 
 
-def shares(ratios: list) -> dict[str, str]:
+def shares(ratios: Sequence[LayerRatios]) -> dict[str, str]:
     """Importance ratios averaged over layers: the share of the layers where all are one-hot.
 
     Args:
         ratios: Layer by layer; none for BN and GN.
     """
     found = {}
-    for statistic in ('mean', 'var'):
-        for index, name in enumerate(CANDIDATES):
-            values = [getattr(row, f'{statistic}_ratios')[index] for row in ratios]
+    for statistic in STATISTICS:
+        for name in ('IN', 'LN', 'BN'):
+            values = [row.ratios(statistic)[name] for row in ratios]
             found[f'{statistic}_{name}'] = f'{sum(values) / len(values):.4f}' if values else ''
     return found
 

@@ -1,0 +1,154 @@
+"""The table of results.csv, what differs by the rule of the protocol, and the figure."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ssn_plugin.analysis.figures import new_figure
+from studies.ledger import read
+from studies.tables import markdown, save, spread, verdict
+
+NORMS = ('BN', 'GN', 'SN', 'SSN', 'SSN-radius0')
+BATCHES = (32, 8, 2)
+MARGIN = 3.0  # percentage points, see README.md
+# Okabe and Ito's palette and different marks, for every colour vision.
+STYLE = {
+    'BN': ('#009E73', 'o'),
+    'GN': ('#CC79A7', 's'),
+    'SN': ('#56B4E9', '^'),
+    'SSN': ('#D55E00', 'D'),
+    'SSN-radius0': ('#999999', 'v'),
+}
+
+
+class Results:
+    """Values of a column by norm and batch, seed by seed.
+
+    Args:
+        rows: Of results.csv.
+        size: 'cpu' or 'gpu'.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, str]], size: str) -> None:
+        self.rows = [row for row in rows if row['size'] == size]
+
+    def values(self, column: str, norm: str, batch: int) -> list[float]:
+        """In the order of the seeds.
+
+        Args:
+            column: Name of the column.
+            norm: Name of the norm.
+            batch: Images per batch.
+        """
+        found = [r for r in self.rows if r['norm'] == norm and r['batch'] == str(batch)]
+        return [float(row[column]) for row in sorted(found, key=lambda row: int(row['seed']))]
+
+
+def accuracy_table(results: Results, column: str = 'top1', digits: int = 1) -> str:
+    """Norms by batch sizes: mean over seeds, smallest and largest.
+
+    Args:
+        results: Of one size.
+        column: Name of the column.
+        digits: Behind the point.
+    """
+    return markdown(
+        ['norm', *(f'{batch} images' for batch in BATCHES), 'seeds'],
+        [
+            [
+                norm,
+                *(spread(results.values(column, norm, batch), digits) for batch in BATCHES),
+                ' / '.join(str(len(results.values(column, norm, batch))) for batch in BATCHES),
+            ]
+            for norm in NORMS
+        ],
+    )
+
+
+def verdict_table(results: Results) -> str:
+    """SSN against each other norm at each batch size, and each norm against its larger batches.
+
+    Args:
+        results: Of one size.
+    """
+
+    def top1(norm: str, batch: int) -> list[float]:
+        return results.values('top1', norm, batch)
+
+    rows = [
+        [
+            f'SSN against {norm}',
+            *(verdict(top1('SSN', batch), top1(norm, batch), MARGIN) for batch in BATCHES),
+        ]
+        for norm in NORMS
+        if norm != 'SSN'
+    ]
+    rows += [
+        [
+            f'{norm} against its next larger batch',
+            '',
+            *(verdict(top1(norm, b), top1(norm, a), MARGIN) for a, b in pairwise(BATCHES)),
+        ]
+        for norm in NORMS
+    ]
+    return markdown(['top-1', *(f'{batch} images' for batch in BATCHES)], rows)
+
+
+def accuracy_figure(results: Results, title: str) -> Figure:
+    """Top-1 over images per batch: a line through the means, a mark per seed.
+
+    Args:
+        results: Of one size.
+        title: Title of the figure.
+    """
+    figure = new_figure(7.5, 4.2)
+    ax = figure.subplots()
+    for offset, norm in enumerate(NORMS):
+        colour, mark = STYLE[norm]
+        points = {i: results.values('top1', norm, batch) for i, batch in enumerate(BATCHES)}
+        points = {i + 0.05 * (offset - 2): values for i, values in points.items() if values}
+        means = [sum(values) / len(values) for values in points.values()]
+        ax.plot(list(points), means, color=colour, linewidth=1.2, alpha=0.8)
+        each = [(x, value) for x, values in points.items() for value in values]
+        if each:
+            ax.scatter(*zip(*each, strict=True), color=colour, marker=mark, s=26, label=norm)
+    ax.set_xticks(range(len(BATCHES)), [str(batch) for batch in BATCHES])
+    ax.set_xlabel('images per batch, learning rate in proportion')
+    ax.set_ylabel('top-1 after the last epoch, %')
+    ax.grid(axis='y', color='#00000022')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.set_title(title, fontsize=10)
+    if results.rows:
+        ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def main() -> None:
+    """Print the tables, write the figures."""
+    folder = Path(__file__).parent
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog='example: python -m studies.small_batches.analyze'
+    )
+    parser.add_argument(
+        '--results', type=Path, default=folder, help='folder of results.csv (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--out', type=Path, default=folder, help='folder for the figures (default: %(default)s)'
+    )
+    args = parser.parse_args()
+    rows = read(args.results / 'results.csv')
+    for size in sorted({row['size'] for row in rows}):
+        results = Results(rows, size)
+        (epochs,) = {row['epochs'] for row in results.rows}
+        print(f'size {size}, top-1 in %:\n\n{accuracy_table(results)}\n')
+        print(f'train loss over the last epoch:\n\n{accuracy_table(results, "train_loss", 2)}\n')
+        print(f'{verdict_table(results)}\n')
+        title = f'Small batches, size {size}, {epochs} epochs\none mark per seed, line: mean'
+        save(accuracy_figure(results, title), args.out, f'top1_{size}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,138 @@
+"""SSN against SN and against a radius of 0, and each SSN against itself collapsed."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ssn_plugin.analysis.figures import new_figure
+from studies.ledger import read
+from studies.small_batches.analyze import BATCHES, MARGIN, STYLE, Results
+from studies.tables import markdown, save, spread, verdict
+
+OTHERS = ('SN', 'SSN-radius0')
+EXACT = 1e-5  # see README.md
+
+
+def training_table(results: Results) -> str:
+    """SSN minus SN, and minus SSN of radius 0, seed by seed, with the verdict.
+
+    Args:
+        results: Of the study on small batches, of one size.
+    """
+    lines = []
+    for other in OTHERS:
+        for batch in BATCHES:
+            ours, theirs = (results.values('top1', norm, batch) for norm in ('SSN', other))
+            paired = [a - b for a, b in zip(ours, theirs, strict=False)]
+            lines.append(
+                [
+                    other,
+                    str(batch),
+                    spread(ours),
+                    spread(theirs),
+                    ', '.join(f'{difference:+.1f}' for difference in paired),
+                    verdict(ours, theirs, MARGIN),
+                ]
+            )
+    head = ['against', 'images', 'SSN', 'the other', 'difference by seed', 'SSN is']
+    return markdown(head, lines)
+
+
+def collapse_table(rows: Sequence[dict[str, str]]) -> str:
+    """Each evaluated checkpoint.
+
+    Args:
+        rows: Of results.csv, of one size.
+    """
+    lines = [
+        [
+            row['batch'],
+            row['seed'],
+            f'{float(row["top1"]):.1f}',
+            f'{float(row["top1_collapsed"]):.1f}',
+            row['relative_difference'],
+            f'{row["other_classes"]} of {row["images"]}',
+            'exact' if float(row['relative_difference']) < EXACT else 'not exact',
+        ]
+        for row in sorted(rows, key=lambda row: (-int(row['batch']), int(row['seed'])))
+    ]
+    head = [
+        'images',
+        'seed',
+        'as trained',
+        'collapsed',
+        'relative difference of logits',
+        'other class',
+        'collapsing is',
+    ]
+    return markdown(head, lines) if lines else 'Collapsed: not yet run.'
+
+
+def sparsity_figure(results: Results, title: str) -> Figure:
+    """Difference in top-1, SSN minus the other, a mark per seed.
+
+    Args:
+        results: Of the study on small batches, of one size.
+        title: Title of the figure.
+    """
+    figure = new_figure(7, 3.6)
+    ax = figure.subplots()
+    ax.axhspan(-MARGIN, MARGIN, color='#00000012', linewidth=0)
+    ax.axhline(0, color='#00000088', linewidth=0.8)
+    for offset, other in zip((-0.1, 0.1), OTHERS, strict=True):
+        colour, mark = STYLE[other]
+        points = [
+            (position + offset, a - b)
+            for position, batch in enumerate(BATCHES)
+            for a, b in zip(
+                results.values('top1', 'SSN', batch),
+                results.values('top1', other, batch),
+                strict=False,
+            )
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            ax.scatter(x, y, color=colour, marker=mark, s=30, label=f'SSN minus {other}')
+    ax.set_xlim(-0.5, len(BATCHES) - 0.5)
+    ax.set_xticks(range(len(BATCHES)), [str(batch) for batch in BATCHES])
+    ax.set_xlabel('images per batch')
+    ax.set_ylabel('difference in top-1, points')
+    ax.spines[['top', 'right']].set_visible(False)
+    if results.rows:
+        ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    ax.set_title(title, fontsize=10)
+    return figure
+
+
+def main() -> None:
+    """Print the tables, write the figures."""
+    folder = Path(__file__).parent
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog='example: python -m studies.sparsity.analyze'
+    )
+    parser.add_argument(
+        '--results', type=Path, default=folder, help='folder of results.csv (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--trained-results',
+        type=Path,
+        default=folder.parent / 'small_batches',
+        help='folder of the results.csv of small_batches (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--out', type=Path, default=folder, help='folder for the figures (default: %(default)s)'
+    )
+    args = parser.parse_args()
+    rows, trained = read(args.results / 'results.csv'), read(args.trained_results / 'results.csv')
+    for size in sorted({row['size'] for row in trained}):
+        results = Results(trained, size)
+        own = [row for row in rows if row['size'] == size]
+        print(f'size {size}\n\n{training_table(results)}\n\n{collapse_table(own)}\n')
+        title = f'SSN minus what stays mixed, size {size}\none mark per seed, grey: no difference'
+        save(sparsity_figure(results, title), args.out, f'difference_{size}')
+
+
+if __name__ == '__main__':
+    main()

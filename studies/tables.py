@@ -1,0 +1,81 @@
+"""How the studies show repeated runs: mean and spread over seeds, tables, figures, a verdict."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ssn_plugin.analysis.figures import save_figure
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean of some runs, and their smallest and largest value where there are several.
+
+    Args:
+        values: One per seed; none where nothing has been run.
+        digits: Behind the point.
+
+    Example:
+        >>> from studies.tables import spread
+        >>> spread([30.0, 31.0]), spread([30.0]), spread([])
+        ('30.5 (30.0-31.0)', '30.0', 'not yet run')
+    """
+    if not values:
+        return 'not yet run'
+    mean = f'{sum(values) / len(values):.{digits}f}'
+    if len(values) == 1:
+        return mean
+    return f'{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})'
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells.
+    """
+    lines = [head, ['---'] * len(head), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def verdict(ours: Sequence[float], theirs: Sequence[float], margin: float) -> str:
+    """Whether a difference of two settings counts as seen, by the rule of the protocols.
+
+    Args:
+        ours: One value per seed.
+        theirs: One value per seed.
+        margin: What the difference of the means has to exceed.
+
+    Returns:
+        'higher' or 'lower' if all of ours are above or below all of theirs by such a mean
+        difference, 'no difference seen' otherwise, 'not yet run' without values, and
+        'one seed' where one side has a single one.
+
+    Example:
+        >>> from studies.tables import verdict
+        >>> verdict([30, 31], [20, 22], 3.0), verdict([30, 31], [29, 27], 3.0)
+        ('higher', 'no difference seen')
+    """
+    if not ours or not theirs:
+        return 'not yet run'
+    if min(len(ours), len(theirs)) == 1:
+        return 'one seed'
+    difference = sum(ours) / len(ours) - sum(theirs) / len(theirs)
+    if abs(difference) > margin and min(ours) > max(theirs):
+        return 'higher'
+    if abs(difference) > margin and max(ours) < min(theirs):
+        return 'lower'
+    return 'no difference seen'
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write a figure as PNG and as SVG.
+
+    Args:
+        figure: What to write.
+        folder: Where.
+        name: Without suffix.
+    """
+    for suffix in ('.png', '.svg'):
+        save_figure(figure, folder / f'{name}{suffix}')

@@ -1,0 +1,264 @@
+"""The studies: runs are neither lost nor repeated, and the tables are those of the rows."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # where `python -m studies...` finds them
+
+from studies import ledger, tables  # noqa: E402
+from studies.selection import analyze as selection  # noqa: E402
+from studies.small_batches import analyze as small_batches  # noqa: E402
+from studies.small_batches import run as small_batches_run  # noqa: E402
+
+FOREVER = ledger.Budget(float('inf'))
+
+
+def plan(count: int) -> list[dict]:
+    return [dict(norm='SSN', batch=2, seed=seed) for seed in range(count)]
+
+
+def work(folder: Path, count: int) -> None:
+    """Work through a plan; every execution leaves a line."""
+
+    def execute(run, work_dir):
+        with open(folder / 'executed', 'a') as file:
+            file.write(f'{run["seed"]}\n')
+        time.sleep(0.01)
+        return dict(top1=run['seed'] + 0.5)
+
+    ledger.work_through(plan(count), folder / 'work', folder / 'results.csv', FOREVER, execute)
+
+
+def test_processes_that_share_a_plan_execute_each_run_once(tmp_path):
+    context = multiprocessing.get_context('fork')
+    processes = [context.Process(target=work, args=(tmp_path, 30)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    executed = (tmp_path / 'executed').read_text().split()
+    assert sorted(map(int, executed)) == list(range(30))
+    rows = ledger.read(tmp_path / 'results.csv')
+    assert sorted(int(row['seed']) for row in rows) == list(range(30))
+    assert all(float(row['top1']) == int(row['seed']) + 0.5 for row in rows)
+    # No lock or temporary file stays behind.
+    assert {path.name for path in tmp_path.iterdir()} == {'executed', 'work', 'results.csv'}
+    before = (tmp_path / 'results.csv').read_bytes()
+    work(tmp_path, 30)
+    assert (tmp_path / 'results.csv').read_bytes() == before
+    assert len((tmp_path / 'executed').read_text().split()) == 30
+
+
+def test_a_killed_run_has_no_row_and_is_free_again(tmp_path):
+    def execute(run, work_dir):
+        if run['seed'] == 1:
+            (tmp_path / 'reached').touch()
+            time.sleep(60)
+        return dict(top1=1)
+
+    def start():
+        ledger.work_through(plan(2), tmp_path / 'work', tmp_path / 'results.csv', FOREVER, execute)
+
+    process = multiprocessing.get_context('fork').Process(target=start)
+    process.start()
+    while not (tmp_path / 'reached').exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    # While it runs, nobody else takes its run.
+    with ledger.claimed(tmp_path / 'work' / ledger.name_of(plan(2)[1])) as mine:
+        assert not mine
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert [row['seed'] for row in ledger.read(tmp_path / 'results.csv')] == ['0']
+    work(tmp_path, 2)
+    assert [row['seed'] for row in ledger.read(tmp_path / 'results.csv')] == ['0', '1']
+    assert (tmp_path / 'executed').read_text().split() == ['1']
+
+
+def test_budget(tmp_path):
+    def never(run, work_dir):
+        raise AssertionError
+
+    results = tmp_path / 'results.csv'
+    ledger.work_through(plan(2), tmp_path / 'work', results, ledger.Budget(0), never)
+    assert not results.exists()
+    executed = []
+
+    def ends_early(run, work_dir):
+        executed.append(run['seed'])
+
+    ledger.work_through(plan(2), tmp_path / 'work', results, FOREVER, ends_early)
+    # The second run is not begun, as the budget ended within the first.
+    assert executed == [0]
+    assert not results.exists()
+
+
+def test_rows_of_a_run_take_the_place_of_its_earlier_ones(tmp_path):
+    path = tmp_path / 'new' / 'selections.csv'
+    keys = plan(2)
+    for key in keys:
+        ledger.record(path, key, [{**key, 'layer': f'sn{i}', 'BN': i / 4} for i in range(3)])
+    ledger.record(path, keys[0], [{**keys[0], 'layer': 'sn1', 'BN': 1}])
+    assert [(row['seed'], row['layer'], row['BN']) for row in ledger.read(path)] == [
+        ('1', 'sn0', '0.0'),
+        ('1', 'sn1', '0.25'),
+        ('1', 'sn2', '0.5'),
+        ('0', 'sn1', '1'),
+    ]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match='got the fields'):
+        ledger.record(path, keys[0], [{**keys[0], 'layer': 'sn1'}])
+    assert path.read_bytes() == before
+
+
+def test_verdict():
+    assert tables.verdict([30, 34], [20, 26], 3) == 'higher'
+    assert tables.verdict([20, 26], [30, 34], 3) == 'lower'
+    assert tables.verdict([30, 34], [20, 31], 3) == 'no difference seen'  # they overlap
+    assert tables.verdict([30, 31], [28, 29], 3) == 'no difference seen'  # too little
+    assert tables.verdict([30], [20, 21], 3) == 'one seed'
+    assert tables.verdict([], [20, 21], 3) == 'not yet run'
+
+
+SYNTHETIC = {
+    ('BN', 32): (40.0, 42.0),
+    ('BN', 2): (20.0, 22.0),
+    ('SSN', 32): (41.0, 43.0),
+    ('SSN', 2): (38.0, 39.5),
+    ('SN', 32): (44.0,),
+}
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    for (norm, batch), values in SYNTHETIC.items():
+        for seed, top1 in enumerate(values):
+            key = dict(size='cpu', norm=norm, batch=batch, seed=seed)
+            row = {**key, 'epochs': 8, 'top1': top1, 'train_loss': 2.0 + seed}
+            ledger.record(tmp_path / 'results.csv', key, [row])
+    return tmp_path
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    lines = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_tables_of_small_batches(results):
+    found = small_batches.Results(ledger.read(results / 'results.csv'), 'cpu')
+    table = cells(small_batches.accuracy_table(found))
+    assert table['BN'] == ['41.0 (40.0-42.0)', 'not yet run', '21.0 (20.0-22.0)', '2 / 0 / 2']
+    assert table['SN'] == ['44.0', 'not yet run', 'not yet run', '1 / 0 / 0']
+    judged = cells(small_batches.verdict_table(found))
+    assert judged['SSN against BN'] == ['no difference seen', 'not yet run', 'higher']
+    assert judged['SSN against SN'] == ['one seed', 'not yet run', 'not yet run']
+
+
+@pytest.mark.parametrize('study', ['small_batches', 'selection', 'sparsity'])
+def test_analyze_prints_and_draws(study, results, tmp_path):
+    for norm, batch in SYNTHETIC:
+        for seed in range(2):
+            key = dict(size='cpu', norm=norm, batch=batch, seed=seed)
+            if norm != 'BN':
+                ratios = dict(layer='sn1', statistic='mean', IN=0.25, LN=0.25, BN=0.5)
+                ledger.record(results / 'selections.csv', key, [{**key, **ratios}])
+    option = '--trained-results' if study == 'sparsity' else '--results'
+    out = tmp_path / 'figures'
+    out.mkdir()
+    command = [sys.executable, '-m', f'studies.{study}.analyze', option, results, '--out', out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '| SSN' in done.stdout or '| SN |' in done.stdout
+    (png,), (svg,) = out.glob('*.png'), out.glob('*.svg')
+    assert png.read_bytes()[:4] == b'\x89PNG'
+    assert 'size cpu' in svg.read_text()
+
+
+def choices(picks: str, seed: str) -> list[dict[str, str]]:
+    names = {'i': 'IN', 'l': 'LN', 'b': 'BN'}
+    rows = []
+    for index, pick in enumerate(picks):
+        ratios = {name: str(float(name == names[pick])) for name in selection.CANDIDATES}
+        row = dict(size='cpu', norm='SSN', batch='32', seed=seed, layer=f'layer1.{index}.sn1')
+        rows.append({**row, 'statistic': 'mean', **ratios})
+    return rows
+
+
+def test_agreement_of_seeds_against_chance():
+    same = 'iillbbbbilb' * 2
+    (pair,) = selection.agreements({'0': choices(same, '0'), '1': choices(same, '1')})
+    counts = [same.count(letter) / len(same) for letter in 'ilb']
+    assert pair.equal == 1
+    # In random places two such seeds agree in the sum of the squared shares.
+    assert pair.chance == pytest.approx(sum(c * c for c in counts), abs=0.01)
+    assert pair.chance < pair.bound < 1
+    (other,) = selection.agreements({'0': choices('iilb', '0'), '1': choices('blii', '1')})
+    assert other.equal == 0
+
+
+def test_shares():
+    rows = choices('iilb', '0')
+    assert [selection.share(rows, n) for n in selection.CANDIDATES] == [0.5, 0.25, 0.25]
+    assert cells(selection.depth_table(rows))['layer1'] == ['0.50 / 0.25 / 0.25', '', '']
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    for split in ('train', 'val'):
+        for name in ('a', 'b', 'c'):
+            folder = tmp_path / 'images' / split / name
+            folder.mkdir(parents=True)
+            for index in range(32):
+                (folder / f'{index}.png').touch()
+    return tmp_path / 'images'
+
+
+@pytest.mark.parametrize('batch', small_batches_run.BATCHES)
+@pytest.mark.parametrize('norm', small_batches_run.NORMS)
+def test_config_of_a_run(norm, batch, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv('SSN_IMAGEFOLDER', '')  # set by the run, put back behind the test
+    run = dict(size='cpu', norm=norm, batch=batch, seed=1)
+    config = small_batches_run.config_of(run, image_folder, tmp_path / 'work')
+    assert config.model.head.num_classes == 3
+    assert config.model.backbone.norm_cfg.type == norm.split('-')[0]
+    assert config.optim_wrapper.optimizer.lr == pytest.approx(0.05 * batch / 32)
+    assert config.train_dataloader.batch_size == batch
+    assert config.train_cfg.max_epochs == config.param_scheduler[1].end
+    assert config.train_cfg.val_begin > config.train_cfg.max_epochs
+    hooks = {hook.type: hook for hook in config.custom_hooks}
+    assert ('SSNRadiusHook' in hooks) == norm.startswith('SSN')
+    if norm.startswith('SSN'):
+        assert hooks['SSNRadiusHook'].end_radius == (0 if norm == 'SSN-radius0' else 1)
+    rules = config.optim_wrapper.get('paramwise_cfg')
+    wanted = {'SN': 1.0, 'SSN': 0.1, 'SSN-radius0': 0.1}
+    assert (rules and rules.ssn_lr_mult) == wanted.get(norm)
+
+
+def test_plan_completes_a_seed_before_the_next():
+    runs = small_batches_run.plan('cpu')
+    assert len({ledger.name_of(run) for run in runs}) == len(runs) == 45
+    assert [run['seed'] for run in runs] == [0] * 15 + [1] * 15 + [2] * 15
+
+
+def test_missing_data_is_one_line(tmp_path):
+    command = [sys.executable, '-m', 'studies.small_batches.run', '--data', tmp_path / 'nowhere']
+    done = subprocess.run(
+        [*command, '--work-dir', tmp_path, '--out', tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert 'run.py: train_dataloader.dataset: no such file or folder' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not (tmp_path / 'results.csv').exists()
