@@ -63,6 +63,30 @@ class History(NamedTuple):
             for layer, mean, var, mean_fixed, var_fixed in zip(self.layers, *values, strict=True)
         ]
 
+    def thinned(self, count: int) -> 'History':
+        """With fewer records, evenly spread, the first and the last among them.
+
+        Args:
+            count: At most so many.
+        """
+        return self._replace(lines=[self.lines[i] for i in spread(len(self.lines), count)])
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most ``count`` indices out of ``total``, evenly, with both ends.
+
+    Args:
+        total: How many there are.
+        count: How many are wanted, at least 2.
+
+    Example:
+        >>> from ssn_plugin.analysis.history import spread
+        >>> spread(101, 3), spread(2, 3)
+        ([0, 50, 100], [0, 1])
+    """
+    wanted = min(total, count)
+    return sorted({round(i * (total - 1) / max(wanted - 1, 1)) for i in range(wanted)})
+
 
 def start_history(
     path: Path, rows: Sequence[LayerRatios], about: Mapping[str, object], iteration: int = 0

@@ -22,7 +22,7 @@ from ssn_plugin.analysis.figures import (
     save_figure,
     used_normalizers,
 )
-from ssn_plugin.analysis.history import History, HistoryError
+from ssn_plugin.analysis.history import History, HistoryError, spread
 from ssn_plugin.analysis.importance_ratios import STATISTICS
 from ssn_plugin.analysis.output import whole_file
 from ssn_plugin.analysis.places import place_of
@@ -33,7 +33,8 @@ _MARKERS = {'stem': 'o', 'residual': 'o', 'shortcut': 's', 'FPN': '^', 'head': '
 _CORNERS = np.array([[0.0, 0.0], [math.sqrt(2), 0.0], [math.sqrt(0.5), math.sqrt(1.5)]])
 _CENTRE = _CORNERS.mean(0)
 INRADIUS, CIRCUMRADIUS = math.sqrt(1 / 6), math.sqrt(2 / 3)
-_POINTS = 120  # of a path; more are not to be seen
+# Records of a long training that are drawn; more are not to be seen.
+_POINTS, _CURVE_POINTS = 120, 600
 
 
 def simplex_figure(history: History, title: str, index: int = -1) -> Figure:
@@ -47,8 +48,10 @@ def simplex_figure(history: History, title: str, index: int = -1) -> Figure:
     Raises:
         HistoryError: If there is no record, or no layer with three candidates.
     """
-    drawing = _SimplexDrawing(history, title)
-    drawing.show(index % len(history.lines))
+    _check(history)
+    end = index % len(history.lines) + 1
+    drawing = _SimplexDrawing(history._replace(lines=history.lines[:end]).thinned(_POINTS), title)
+    drawing.show(len(drawing.history.lines) - 1)
     return drawing.figure
 
 
@@ -73,11 +76,13 @@ def animate_simplex(
     """
     from PIL import Image
 
+    _check(history)
+    history = history.thinned(max(frames, 2 * _POINTS))
     drawing = _SimplexDrawing(history, title)
     canvas = FigureCanvasAgg(drawing.figure)
     drawing.figure.set_dpi(72)
     pictures = []
-    for index in progress(_spread(len(history.lines), frames)):
+    for index in progress(spread(len(history.lines), frames)):
         drawing.show(index)
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
@@ -104,6 +109,7 @@ def run_figure(history: History, title: str) -> Figure:
         HistoryError: If there is no record.
     """
     _check(history)
+    history = history.thinned(_CURVE_POINTS)
     iterations = [line['iter'] for line in history.lines]
     figure = new_figure(9.0, 8.0)
     loss, decided, shares = figure.subplots(3, 1, sharex=True)
@@ -219,11 +225,6 @@ def _most(values) -> float:
     return float(np.percentile(list(values), 99))
 
 
-def _spread(total: int, count: int) -> list[int]:
-    """At most ``count`` indices out of ``total``, evenly, with both ends."""
-    return sorted({round(i) for i in np.linspace(0, total - 1, min(total, count))})
-
-
 def _draw_decided(ax: Axes, history: History, iterations: Sequence[int]) -> None:
     both = [line['decided'] for line in history.lines]
     ax.plot(iterations, both, color='black', drawstyle='steps-post', label='decided: both')
@@ -257,7 +258,6 @@ class _SimplexDrawing:
     """One triangle per statistic and triple of candidates; its paths can be cut at any record."""
 
     def __init__(self, history: History, title: str) -> None:
-        _check(history)
         self.history = history
         self.title = title
         triples = dict.fromkeys(
@@ -343,11 +343,10 @@ class _SimplexDrawing:
             index: The record, from 0.
         """
         line = self.history.lines[index]
-        picked = _spread(index + 1, _POINTS)
         for statistic, names, columns, points, circle, paths, ends, labels in self.drawn:
             circle.set_radius(line['radius'])
             for own, path, end in zip(points, paths, ends, strict=True):
-                path.set_data(*own[picked].T)
+                path.set_data(*own[: index + 1].T)
                 end.set_data(*own[index : index + 1].T)
             ratios = [line[statistic][i] for i in columns]
             for k, (name, label) in enumerate(zip(names, labels, strict=True)):

@@ -168,3 +168,18 @@ def test_one_record_and_none():
     single = single._replace(lines=single.lines[:1])
     assert as_image(run_figure(single, 'One')).std() > 10
     assert as_image(simplex_figure(single, 'One')).std() > 10
+
+
+def test_long_trainings_are_thinned():
+    recorded = history(layers=2, records=3000)
+    thin = recorded.thinned(600)
+    assert len(thin.lines) == 600
+    assert (thin.lines[0], thin.lines[-1]) == (recorded.lines[0], recorded.lines[-1])
+    gaps = {b['iter'] - a['iter'] for a, b in zip(thin.lines, thin.lines[1:], strict=False)}
+    assert gaps <= {50, 60}
+    paths = paths_of(simplex_figure(recorded, 'Long').axes[0])
+    assert [len(path) for path in paths] == [120, 120]
+    assert 'iteration 30000' in texts(simplex_figure(recorded, 'Long'))
+    curve = run_figure(recorded, 'Long').axes[0].lines[0].get_xydata()
+    assert 590 < len(curve) <= 600
+    assert curve[-1, 0] == 30000
