@@ -1,17 +1,12 @@
 """What every script in tools/ owes its users: help with an example, and errors of one line."""
 
-import contextlib
-import io
 import os
 import re
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_runs import TOOLS, run, run_here
 
-TOOLS = Path(__file__).parents[1] / 'tools'
 NAMES = sorted(path.name for path in TOOLS.iterdir() if path.suffix in ('.py', '.sh'))
 SCRIPTS = [name for name in NAMES if name.endswith('.py')]
 
@@ -33,45 +28,6 @@ WRONG = {
     'train.py': (['nothing.py', '--work-dir', 'out'], 1, 'config: no such file: nothing.py'),
     'warm_start.py': (['file', 'out.pth'], 1, 'file: truncated, or not a checkpoint'),
 }
-# A set-up that goes on by mistake must not install anything.
-NO_INDEX = dict(PIP_NO_INDEX='1', PIP_CONFIG_FILE=os.devnull)
-
-
-def run(name: str, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of a script, as a process of its own."""
-    program = ['bash'] if name.endswith('.sh') else [sys.executable]
-    result = subprocess.run(
-        [*program, str(TOOLS / name), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | NO_INDEX,
-        timeout=120,
-    )
-    return result.returncode, result.stdout, result.stderr
-
-
-def run_here(name: str, *arguments: str) -> tuple[int, str, str]:
-    """As :func:`run`, without the seconds that each process takes to import torch and mmengine.
-
-    What Python does at the end of a process is done here; an error that would be a trace passes.
-    """
-    out, err = io.StringIO(), io.StringIO()
-    argv, environment = sys.argv, os.environ.copy()
-    sys.argv = [str(TOOLS / name), *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(sys.argv[0], run_name='__main__')
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-        if isinstance(code, str):
-            print(code, file=err)
-            code = 1
-    finally:
-        sys.argv = argv
-        os.environ.clear()
-        os.environ.update(environment)
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

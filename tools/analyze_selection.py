@@ -50,7 +50,8 @@ def main() -> None:
         }
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
-        console = Console()
+        # Into a file or a pipe no line is broken.
+        console = Console(width=None if sys.stdout.isatty() else 200)
         for name, rows in sources.items():
             console.print(selection_table(rows, name))
         if len(sources) > 1:
