@@ -52,8 +52,7 @@ def write_report(work_dir: Path, path: Path | None = None) -> Path:
         raise InputError(f'{work_dir}: has no {HISTORY_FILE}, and {error}') from error
     logs = read_run_logs(work_dir)
     config_file = _config_file(work_dir)
-    # What it imports may not be here; nothing is built of it.
-    config = Config.fromfile(str(config_file), import_custom_modules=False) if config_file else None
+    config = _read_config(config_file) if config_file else None
     about = history.about if history else {}
     title = config_file.stem if config_file else work_dir.resolve().name
     page = Page(
@@ -98,6 +97,16 @@ def _config_file(work_dir: Path) -> Path | None:
     """The config that the last run in the folder has dumped."""
     dumped = sorted(work_dir.glob('*.py'), key=lambda path: path.stat().st_mtime)
     return dumped[-1] if dumped else None
+
+
+def _read_config(path: Path) -> Config | None:
+    try:
+        # What it imports may not be here; nothing is built of it.
+        return Config.fromfile(str(path), import_custom_modules=False)
+    except Exception:
+        # Values that a dump cannot write as Python, whatever they are: its text is shown all the
+        # same.
+        return None
 
 
 def _status(work_dir: Path, history: History | None, logs: RunLogs) -> str:

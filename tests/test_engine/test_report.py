@@ -166,6 +166,13 @@ def test_a_history_alone_is_enough(tmp_path):
     Elements(text)
 
 
+def test_a_config_that_cannot_be_read_is_shown(tmp_path):
+    folder = work_dir(tmp_path / 'run', 2)
+    (folder / 'a_config.py').write_text('model = dict(function=<function f at 0x7f>)\n')
+    page = Elements(write_report(folder).read_text())
+    assert 'dict(function=<function f at 0x7f>)' in page.text
+
+
 @pytest.mark.parametrize(
     ('prepare', 'said'),
     [
