@@ -43,6 +43,15 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib shows as it is, were it a file name with dollar signs.
+
+    Args:
+        text: Any text.
+    """
+    return text.replace('$', r'\$')
+
+
 def normalizer_style(name: str) -> dict:
     """Colour and hatch of the area of a normalizer.
 

@@ -19,6 +19,7 @@ from ssn_plugin.analysis.figures import (
     new_figure,
     normalizer_legend,
     normalizer_style,
+    plain,
     save_figure,
     used_normalizers,
 )
@@ -164,8 +165,8 @@ def run_figure(history: History, title: str) -> Figure:
     normalizer_legend(figure, normalizers)
     last = history.lines[-1]
     figure.suptitle(
-        f'{title}\niteration {last["iter"]}: {last["decided"]} of {len(history.layers)} layers are '
-        f'one normalizer, radius {last["radius"]:.3f}'
+        f'{plain(title)}\niteration {last["iter"]}: {last["decided"]} of {len(history.layers)} '
+        f'layers are one normalizer, radius {last["radius"]:.3f}'
     )
     return figure
 
@@ -354,6 +355,6 @@ class _SimplexDrawing:
                 label.set_text(f'{name}: {count} of {len(columns)}')
         left_out = f'; {self.left_out} layers without three candidates' if self.left_out else ''
         self.figure.suptitle(
-            f'{self.title}\niteration {line["iter"]}, radius {line["radius"]:.3f}, '
+            f'{plain(self.title)}\niteration {line["iter"]}, radius {line["radius"]:.3f}, '
             f'{line["decided"]} of {len(self.history.layers)} layers are one normalizer{left_out}'
         )

@@ -15,6 +15,7 @@ from ssn_plugin.analysis.figures import (
     new_figure,
     normalizer_legend,
     normalizer_style,
+    plain,
     used_normalizers,
 )
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
@@ -101,7 +102,7 @@ def share_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
             ax.axhline(gap, color='#00000055', linewidth=0.8, linestyle=':')
     normalizer_legend(figure, normalizers)
     figure.suptitle(
-        f'{title}\nshares by stage and by kind (number of layers), {shown_radius(rows)}'
+        f'{plain(title)}\nshares by stage and by kind (number of layers), {shown_radius(rows)}'
     )
     return figure
 
@@ -180,7 +181,7 @@ def _bars(panels: Sequence[_Panel], layers: Sequence[str], title: str, height: f
         axes = grid[line].subgridspec(len(panels), 1, hspace=0.06).subplots(squeeze=False)[:, 0]
         for ax, panel in zip(axes, panels, strict=True):
             _columns(ax, panel.rows[part], panel.statistic, normalizers)
-            ax.set_ylabel(panel.label, fontsize=9)
+            ax.set_ylabel(plain(panel.label), fontsize=9)
             ax.set_yticks([0, 0.5, 1] if height > 2 else [0, 1])
             for column, marked in enumerate(panel.marked[part]):
                 if marked:
@@ -198,7 +199,7 @@ def _bars(panels: Sequence[_Panel], layers: Sequence[str], title: str, height: f
         if line + 1 < lines and places[part.stop].stage == own[-1].stage:
             number -= 1  # the stage goes on in the next line
     normalizer_legend(figure, normalizers)
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     return figure
 
 

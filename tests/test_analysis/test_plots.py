@@ -190,6 +190,15 @@ def test_written_files(tmp_path):
     assert len(lines) == 41
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    name = r'a$\nothing_of$ <TeX> & _.pth'
+    sources = {name: rows_of(18), 'other': rows_of(18)}
+    for figure in (selection_figure(sources[name], name), comparison_figure(sources, name)):
+        assert name.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;') in as_svg(
+            figure
+        )
+
+
 def test_svg_is_the_same_each_time_and_needs_no_network():
     rows = rows_of(18)
     first, second = (as_svg(selection_figure(rows, 'Same')) for _ in range(2))
