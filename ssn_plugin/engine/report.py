@@ -171,8 +171,8 @@ def _pictures(title: str, rows: list[LayerRatios], history: History | None, logs
     if history:
         yield Picture(
             'From mixing to one normalizer',
-            'A layer is decided when its ratios are one-hot. Between the two radii its point moves '
-            'along an edge of the triangle.',
+            'A layer is decided when its ratios are one-hot. Of three candidates the circle can '
+            'rule out one from radius 0.408 on, and leaves one alone at 0.816.',
             as_svg(run_figure(history, title)),
         )
         if has_triples(history):
