@@ -4,6 +4,7 @@ Python's, numpy's and torch's global generators are seeded anew for every iterat
 sample that is loaded, in whatever process. Nothing of their state has to be in a checkpoint.
 """
 
+import contextlib
 import random
 from collections.abc import Iterator
 
@@ -22,6 +23,18 @@ def _seed(*place: int) -> int:
     random.seed(words.tobytes())
     np.random.seed(words)
     return int.from_bytes(words[:2].tobytes(), 'little') >> 1  # torch wants 63 bits
+
+
+@contextlib.contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Leave the generators of the host as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
@@ -100,13 +113,8 @@ class SeededItems:
         Args:
             indices: Of a batch.
         """
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
+        with preserved_generators():
             return [self._load(index) for index in indices]
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
 
     def _load(self, index: int):
         if isinstance(index, _Placed):

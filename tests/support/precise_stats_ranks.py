@@ -1,0 +1,34 @@
+"""PreciseStatsHook's averages over two processes of their own."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ssn_plugin import SSN
+from ssn_plugin.engine.precise_stats_hook import replace_statistics
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), SSN(4), nn.ReLU(), nn.Conv2d(4, 3, 1), SSN(3))
+
+
+def batches_of(rank: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(2 + rank, 2, 6, 6, generator=generator) * (1 + rank) for _ in range(3)]
+
+
+def run(rank: int, store: str, queue) -> None:
+    """Average, and send the running statistics.
+
+    Args:
+        rank: Of two.
+        store: A file by which the processes meet.
+        queue: Where the numbers go.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', f'file://{store}', rank=rank, world_size=2)
+    model = network()
+    replace_statistics(model, model, batches_of(rank))
+    queue.put((rank, [buffer.tolist() for n, buffer in model.named_buffers() if 'running' in n]))
+    dist.destroy_process_group()

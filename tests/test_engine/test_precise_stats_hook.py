@@ -1,0 +1,323 @@
+"""PreciseStatsHook: equal to the average by brute force, and training does not notice it."""
+
+import contextlib
+import copy
+import math
+import multiprocessing
+import os
+from pathlib import Path
+
+import precise_stats_ranks
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin.engine.precise_stats_hook import (
+    PreciseStatsHook,
+    _loader_like,
+    replace_statistics,
+)
+
+BATCHES = [torch.randn(n, 2, 7, 9) * (n + 1) + n for n in (3, 4, 2, 5)]
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    kinds = (SSN, SN, nn.modules.batchnorm._BatchNorm)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def brute_force(model: nn.Module, batches, forward=None) -> dict[str, torch.Tensor]:
+    """Averages of the means and unbiased variances of what comes into every norm."""
+    model = copy.deepcopy(model).train()
+    inputs = {name: [] for name in norms_of(model)}
+    for name, norm in norms_of(model).items():
+        norm.register_forward_pre_hook(lambda _, args, n=name: inputs[n].append(args[0].double()))
+    with torch.no_grad():
+        for batch in batches:
+            (forward or (lambda m, b: m(b)))(model, batch)
+    found = {}
+    for name, values in inputs.items():
+        rows = [x.transpose(0, 1).flatten(1) for x in values if x.numel()]
+        found[f'{name}.running_mean'] = torch.stack([r.mean(1) for r in rows]).mean(0)
+        found[f'{name}.running_var'] = torch.stack([r.var(1) for r in rows]).mean(0)
+    return found
+
+
+def check_statistics(model: nn.Module, expected: dict[str, torch.Tensor], names=None) -> None:
+    for name in names or norms_of(model):
+        for kind in ('running_mean', 'running_var'):
+            key = f'{name}.{kind}'
+            torch.testing.assert_close(
+                model.get_buffer(key), expected[key].float(), rtol=1e-5, atol=1e-6
+            )
+
+
+class Shared(nn.Module):
+    """A norm used twice in one pass, one norm of every kind, one of them held in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1)
+        self.ssn, self.sn, self.bn = SSN(4, momentum=0.003), SN(4), nn.BatchNorm2d(4, momentum=None)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.sn.eval()
+        return self
+
+    def forward(self, x):
+        x = self.ssn(self.conv(x)).relu()
+        return self.bn(self.ssn(self.sn(self.head(x))))
+
+
+@pytest.mark.parametrize('radius', [0.0, 0.5, 1.0])
+def test_equal_to_brute_force(radius):
+    model = Shared().train()
+    set_radius(model, radius)
+    for batch in BATCHES:  # statistics of a training
+        model(batch)
+    before = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    replaced, unused = replace_statistics(model, model, BATCHES)
+    assert len(replaced) == 4
+    assert unused == []
+    check_statistics(model, brute_force(before, BATCHES), ['ssn', 'bn'])
+    assert (model.training, model.sn.training, model.bn.training) == (True, False, True)
+    assert (model.ssn.momentum, model.bn.momentum) == (0.003, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    # And nothing else, that of the layer in evaluation mode included.
+    for name, value in before.state_dict().items():
+        if name.split('.')[0] == 'sn' or 'running' not in name:
+            assert torch.equal(model.state_dict()[name], value), name
+    for buffer, value in replaced.items():
+        buffer.copy_(value)
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize('choice', ['IN', 'LN', 'BN'])
+def test_layers_that_did_not_choose_bn_are_left_out(choice):
+    layer = SSN(2)
+    with torch.no_grad():
+        for control in (layer.mean_weight, layer.var_weight):
+            control[layer.normalizers.index(choice)] = 1
+    set_radius(layer, 1.0)
+    before = layer.state_dict()['running_var'].clone()
+    replaced, _ = replace_statistics(layer, layer, BATCHES)
+    assert bool(replaced) == (choice == 'BN')
+    assert torch.equal(layer.running_var, before) == (choice != 'BN')
+    without = SSN(2, normalizers=('IN', 'LN'))
+    assert replace_statistics(without, without, BATCHES) == ({}, [])
+
+
+def test_bn_of_the_variance_alone_takes_part():
+    layer = SSN(2)
+    with torch.no_grad():
+        layer.mean_weight[0] = layer.var_weight[2] = 1
+    set_radius(layer, 1.0)
+    assert layer.selected == ('IN', 'BN')
+    assert len(replace_statistics(layer, layer, BATCHES)[0]) == 2
+    check_statistics(nn.Sequential(layer), brute_force(nn.Sequential(layer), BATCHES))
+
+
+@pytest.mark.parametrize('kind', [SSN, SN, nn.BatchNorm2d])
+@pytest.mark.parametrize(
+    'bad', [torch.empty(0, 2, 3, 3), torch.full((2, 2, 3, 3), math.nan), torch.ones(2, 2, 3, 3) / 0]
+)
+def test_batches_that_are_empty_or_not_finite_do_not_count(kind, bad):
+    model = nn.Sequential(kind(2))
+    expected = brute_force(model, BATCHES)
+    replace_statistics(model, model, [bad, *BATCHES[:2], bad, *BATCHES[2:]])
+    check_statistics(model, expected)
+    before = copy.deepcopy(model)
+    replaced, unused = replace_statistics(model, model, [bad, bad])
+    assert replaced == {}
+    assert unused == ['0']
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_failing_forward_leaves_the_model_as_it_was():
+    model = Shared()
+    before = copy.deepcopy(model)
+    with pytest.raises(RuntimeError):
+        replace_statistics(model, model, [BATCHES[0], torch.randn(2, 3, 7, 7)])
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert (model.ssn.momentum, model.bn.momentum) == (0.003, None)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_average_over_two_processes(tmp_path):
+    context = multiprocessing.get_context('forkserver')
+    before = os.environ.get('PYTHONPATH', '')
+    support = str(Path(precise_stats_ranks.__file__).parent)
+    os.environ['PYTHONPATH'] = os.pathsep.join([support, before])
+    try:
+        context.set_forkserver_preload(['precise_stats_ranks'])
+        queue = context.Queue()
+        arguments = [(rank, str(tmp_path / 'store'), queue) for rank in range(2)]
+        ranks = [context.Process(target=precise_stats_ranks.run, args=a) for a in arguments]
+        for rank in ranks:
+            rank.start()
+        found = dict(queue.get(timeout=60) for _ in ranks)
+        for rank in ranks:
+            rank.join()
+            assert rank.exitcode == 0
+    finally:
+        os.environ['PYTHONPATH'] = before
+    model = precise_stats_ranks.network()
+    both = precise_stats_ranks.batches_of(0) + precise_stats_ranks.batches_of(1)
+    expected = list(brute_force(model, both).values())
+    assert found[0] == found[1]
+    for numbers, values in zip(found[0], expected, strict=True):
+        torch.testing.assert_close(torch.tensor(numbers), values.float(), rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- in a run
+
+RADIUS = dict(type='SSNRadiusHook')
+PRECISE = dict(type='PreciseStatsHook', num_batches=3)
+EMA = dict(type='EMAHook', momentum=0.05)
+
+
+def expected_of(runner, model, iteration: int) -> dict[str, torch.Tensor]:
+    loader = _loader_like(runner.train_dataloader, runner.seed, iteration)
+    batches = [batch for batch, _ in zip(loader, range(3), strict=False)]
+    return brute_force(model, batches, lambda m, b: m(b['inputs']))
+
+
+class Watch(Hook):
+    """Notes model and statistics as a validation sees them, and as it leaves them."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.seen, self.around = [], []
+
+    def before_val(self, runner):
+        self.around.append(None)
+
+    def before_val_epoch(self, runner):
+        self.seen.append((runner.iter, copy.deepcopy(runner.model)))
+
+
+class Around(Hook):
+    """Notes all buffers before anybody does something for a validation, and after it."""
+
+    def __init__(self, priority, notes, moment):
+        self.priority, self.notes, self.moment = priority, notes, moment
+
+    def _note(self, runner):
+        models = [runner.model]
+        models += [hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model')]
+        self.notes.append([value.clone() for model in models for value in model.buffers()])
+
+    def before_val(self, runner):
+        if self.moment == 'before':
+            self._note(runner)
+
+    def after_val(self, runner):
+        if self.moment == 'after':
+            self._note(runner)
+
+
+@pytest.mark.parametrize(
+    'ema', [None, EMA, dict(EMA, update_buffers=True)], ids=['plain', 'ema', 'ema_buffers']
+)
+@pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
+def test_validation_and_last_checkpoint_have_the_averages(make_runner, by_epoch, ema):
+    settings = dict(validate=True)
+    settings['default_hooks'] = dict(
+        checkpoint=dict(type='CheckpointHook', by_epoch=by_epoch, save_best='size', rule='less')
+    )
+    if not by_epoch:
+        settings['train_cfg'] = dict(by_epoch=False, max_iters=12, val_interval=4)
+    hooks = [RADIUS, *([] if ema is None else [ema])]
+    plain = make_runner(by_epoch, hooks=hooks, **settings)
+    plain.train()
+    runner = make_runner(by_epoch, hooks=[PRECISE, *hooks], **settings)
+    runner.register_hook(watch := Watch())
+    before, after = [], []
+    runner.register_hook(Around('VERY_HIGH', before, 'before'))
+    runner.register_hook(Around('LOWEST', after, 'after'))
+    runner.train()
+    # Every validation, and the last checkpoint.
+    assert [iteration for iteration, _ in watch.seen] == [4, 8, 12]
+    for iteration, model in watch.seen[:2]:
+        check_statistics(model, expected_of(runner, model, iteration))
+    last = watch.seen[2][1]
+    check_statistics(last, expected_of(runner, last, 11))
+    file = Path(runner.work_dir, 'epoch_3.pth' if by_epoch else 'iter_12.pth')
+    saved = torch.load(file, weights_only=False)['state_dict']
+    for name, value in last.state_dict().items():
+        assert torch.equal(saved[name], value), name
+    # The best one is that of the first validation.
+    best = next(Path(runner.work_dir).glob('best*'))
+    saved = torch.load(best, weights_only=False)['state_dict']
+    for name, value in watch.seen[0][1].state_dict().items():
+        assert torch.equal(saved[name], value), name
+    # Training did not notice: statistics come back, and all weights are those of a run without.
+    for ours, theirs in zip(before, after, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    for (name, ours), theirs in zip(
+        runner.model.state_dict().items(), plain.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs) == ('running' not in name), name
+
+
+def test_more_batches_than_there_are(make_runner):
+    hook = dict(type='PreciseStatsHook', num_batches=1000)
+    runner = make_runner(hooks=[RADIUS, hook])
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert 'PreciseStatsHook: 2 layers, 4 batches' in log
+
+
+def test_validation_outside_of_training_is_left_alone(make_runner):
+    runner = make_runner(hooks=[RADIUS, PRECISE], validate=True)
+    before = copy.deepcopy(runner.model.state_dict())
+    runner.val()
+    assert all(torch.equal(runner.model.state_dict()[name], v) for name, v in before.items())
+
+
+def test_data_without_indices(make_runner):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([])
+
+    runner = make_runner(hooks=[RADIUS, PRECISE], train_dataloader=DataLoader(Stream(), None))
+    with pytest.raises(ValueError, match='train_dataloader: got a Stream without a batch sampler'):
+        runner.train()
+
+
+@pytest.mark.parametrize('num_batches', [0, -1, 1.5, True, '3'])
+def test_bad_number(num_batches):
+    with pytest.raises(ValueError, match=r'num_batches: got .*, expected a positive integer'):
+        PreciseStatsHook(num_batches)
+
+
+@OPTIM_WRAPPERS.register_module(force=True)
+class Bfloat16(OptimWrapper):
+    """What AmpOptimWrapper does on a GPU."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model):
+        with super().optim_context(model), torch.autocast('cpu', torch.bfloat16):
+            yield
+
+
+def test_the_precision_is_that_of_training(make_runner):
+    wrapper = dict(type='Bfloat16', optimizer=dict(type='SGD', lr=0.01))
+    runner = make_runner(hooks=[RADIUS, PRECISE], optim_wrapper=wrapper)
+    seen = []
+    norm = runner.model.norm1
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    runner.train()
+    assert seen == [torch.bfloat16] * (12 + 3)
