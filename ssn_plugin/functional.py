@@ -195,7 +195,7 @@ def switchable_norm(
     ):
         if vector is not None and vector.shape != (x.shape[1],):
             raise ValueError(f'{name}: got shape {tuple(vector.shape)}, expected ({x.shape[1]},)')
-    if correction not in (0, 1):
+    if not isinstance(correction, Integral) or correction not in (0, 1):
         raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
     return ops.switchable_norm(
         x,

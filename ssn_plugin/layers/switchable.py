@@ -59,13 +59,14 @@ class SwitchableNorm(nn.Module):
         correction: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(num_features, Integral) or num_features < 1:
+        whole = isinstance(num_features, Integral) and not isinstance(num_features, bool)
+        if not whole or num_features < 1:
             raise ValueError(f'num_features: got {num_features!r}, expected a positive integer')
         if not isinstance(eps, Real) or not eps >= 0:
             raise ValueError(f'eps: got {eps!r}, expected a number of at least 0')
         if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
             raise ValueError(f'momentum: got {momentum!r}, expected None or a number in [0, 1]')
-        if correction not in (0, 1):
+        if not isinstance(correction, Integral) or correction not in (0, 1):
             raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
         self.num_features = int(num_features)
         self.eps = eps
@@ -144,6 +145,12 @@ class SwitchableNorm(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(f'x: got {x.dtype}, expected a floating-point tensor')
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # Inside vmap 'BN' would not see the batch, and what it tracks would be lost.
+            raise RuntimeError(
+                f'{type(self).__name__}: got a call inside a transform of torch.func (vmap, grad, '
+                '...), expected a plain call'
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise.
@@ -157,6 +164,7 @@ class SwitchableNorm(nn.Module):
         Raises:
             ValueError: If the number of dimensions or channels is not the layer's, or ``x`` is not
                 floating-point.
+            RuntimeError: Inside a transform of ``torch.func``, such as ``vmap``.
         """
         self._check_input(x)
         # Straight from where nn.Module keeps them, as its attribute lookup takes longer than some

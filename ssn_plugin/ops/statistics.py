@@ -140,8 +140,14 @@ def _dot(first: Tensor | None, second: Tensor, ratio: float | Tensor, factor: fl
     """Inner product times ``factor``: a number where ratios are numbers, else a 0-d tensor."""
     if first is None:
         return 0.0 if isinstance(ratio, float) else second.new_zeros(())
-    product = torch.dot(first.reshape(-1), second.reshape(-1))
-    return (product.item() if isinstance(ratio, float) else product) * factor
+    first, second = first.reshape(-1), second.reshape(-1)
+    on_host = isinstance(ratio, float)
+    product = torch.dot(first, second).item() if on_host else None
+    if not on_host or product != product:
+        # A variance that overflowed meets gradients of zero: no NaN unless there is one already.
+        product = torch.dot(first.clamp(max=torch.finfo(first.dtype).max), second)
+        product = product.item() if on_host else product
+    return product * factor
 
 
 def mix_statistics(

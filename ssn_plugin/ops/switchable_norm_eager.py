@@ -115,6 +115,8 @@ def row_moments(x: Tensor) -> Rows:
     normalized, mean, scale = torch.native_group_norm(
         x.contiguous(), None, None, num, channels, length, channels, _ROW_EPS
     )
+    # A variance that overflowed has a scale of zero, by which nobody must divide.
+    scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny)
     return Rows(mean, scale.pow(-2), normalized, scale)
 
 
