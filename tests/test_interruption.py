@@ -229,7 +229,7 @@ def test_full_disk(processes, straight, tmp_path):
     """On a disk of its own, which root may make out of memory."""
     disk = tmp_path / 'disk'
     disk.mkdir()
-    command = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(disk)]
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(disk)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):

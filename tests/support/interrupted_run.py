@@ -57,7 +57,7 @@ class AugmentedNoise(Dataset):
 class DropoutNet(BaseModel):
     """Three convolutions with norms, dropout and a head, and bytes that make its files large."""
 
-    def __init__(self, ballast=0):
+    def __init__(self, ballast=1_000_000):
         super().__init__()
         self.register_buffer('ballast', torch.zeros(ballast, dtype=torch.uint8))
         layers, before, channels = [], 2, 6
