@@ -6,9 +6,11 @@
 'SSNOptimWrapperConstructor'.
 """
 
+from ssn_plugin.deploy.collapse import collapse_ssn
 from ssn_plugin.engine import registration as _registration  # noqa: F401  (registers by import)
 from ssn_plugin.functional import sparsestmax, switchable_norm
 from ssn_plugin.layers.radius import set_radius, undecided_layers
+from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
 from ssn_plugin.layers.sync_ssn import SyncSSN, convert_sync_ssn, revert_sync_ssn
@@ -20,8 +22,10 @@ __all__ = [
     'SSN1d',
     'SSN2d',
     'SSN3d',
+    'SelectedNorm',
     'SyncSSN',
     '__version__',
+    'collapse_ssn',
     'convert_sync_ssn',
     'revert_sync_ssn',
     'set_radius',

@@ -14,8 +14,10 @@ NAMES = [
     'SSN1d',
     'SSN2d',
     'SSN3d',
+    'SelectedNorm',
     'SyncSSN',
     '__version__',
+    'collapse_ssn',
     'convert_sync_ssn',
     'revert_sync_ssn',
     'set_radius',
@@ -45,6 +47,11 @@ SIGNATURES = {
     'SN': SSN_SIGNATURE,
     'convert_sync_ssn': 'model, process_group=None',
     'revert_sync_ssn': 'model',
+    'collapse_ssn': 'model, native=False, keep_undecided=False',
+    'SelectedNorm': (
+        'num_features, mean_source, var_source, eps=1e-05, momentum=0.1, affine=True, '
+        'track_running_stats=True, num_groups=32, correction=0'
+    ),
 }
 
 
@@ -57,7 +64,8 @@ def test_all():
 
 
 def test_layers_offer_the_same_objects():
-    assert set(layers.__all__) == set(NAMES) - {'__version__', 'sparsestmax', 'switchable_norm'}
+    elsewhere = {'__version__', 'collapse_ssn', 'sparsestmax', 'switchable_norm'}
+    assert set(layers.__all__) == set(NAMES) - elsewhere
     for name in layers.__all__:
         assert getattr(layers, name) is getattr(ssn_plugin, name)
 

@@ -1,0 +1,5 @@
+"""After training: every SSN becomes the normalizer it chose, is folded away or exported."""
+
+from ssn_plugin.deploy.collapse import collapse_ssn
+
+__all__ = ['collapse_ssn']

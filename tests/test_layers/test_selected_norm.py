@@ -1,0 +1,153 @@
+"""SelectedNorm: the mean of one normalizer and the variance of another, and nothing else."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssn_plugin import SelectedNorm
+from ssn_plugin.ops import reference
+
+NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
+PAIRS = list(itertools.product(NORMALIZERS, NORMALIZERS))
+CHANNELS, GROUPS = 6, 3
+
+
+def layer_of(mean: str, var: str, **settings) -> SelectedNorm:
+    layer = SelectedNorm(CHANNELS, mean, var, eps=1e-3, num_groups=GROUPS, **settings)
+    with torch.no_grad():
+        if layer.affine:
+            layer.weight.normal_()
+            layer.bias.normal_()
+        if layer.running_mean is not None:
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    return layer
+
+
+def formula(layer: SelectedNorm, x: torch.Tensor, running: bool) -> torch.Tensor:
+    ratios = [
+        x.new_tensor([float(name == source) for name in NORMALIZERS])
+        for source in (layer.mean_source, layer.var_source)
+    ]
+    statistics = (layer.running_mean, layer.running_var)
+    if statistics[0] is None or not running:
+        statistics = (None, None)
+    return reference.switchable_norm(
+        x,
+        *ratios,
+        layer.weight,
+        layer.bias,
+        NORMALIZERS,
+        GROUPS,
+        layer.correction,
+        layer.eps,
+        *statistics,
+    )
+
+
+@pytest.mark.parametrize(('mean', 'var'), PAIRS)
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize('shape', [(4, CHANNELS), (3, CHANNELS, 1, 1), (2, CHANNELS, 5, 7)])
+def test_equals_the_formulas(mean, var, correction, shape):
+    layer = layer_of(mean, var, correction=correction).double()
+    x = torch.randn(shape, dtype=torch.float64) + 3
+    found = {}
+    for training in (False, True):
+        layer.train(training)
+        leaf, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
+        before = copy.deepcopy(layer.state_dict())
+        expected = formula(layer, twin, running=not training)
+        y = layer(leaf)
+        upstream = torch.randn_like(y)
+        y.backward(upstream)
+        expected.backward(upstream)
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-9, atol=1e-9)
+        found[training] = before
+    for name, value in layer.state_dict().items():
+        changed = not torch.equal(value, found[True][name])
+        assert changed == name.startswith(('running', 'num_batches'))
+
+
+@pytest.mark.parametrize(('mean', 'var'), [('LN', 'BN'), ('IN', 'LN'), ('GN', 'GN'), ('BN', 'IN')])
+@pytest.mark.parametrize('correction', [0, 1])
+def test_a_traced_layer_holds_for_every_size(mean, var, correction):
+    layer = layer_of(mean, var, correction=correction).eval()
+    traced = torch.jit.trace(layer, torch.randn(2, CHANNELS, 5, 7), check_trace=False)
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(
+        layer, (torch.randn(2, CHANNELS, 5, 7),), dynamic_shapes=(sizes,)
+    ).module()
+    for shape in ((2, CHANNELS, 5, 7), (3, CHANNELS, 8, 4)):
+        x = torch.randn(shape)
+        for recorded in (traced, exported):
+            torch.testing.assert_close(recorded(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the sizes that operators read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(isinstance(a, torch.Tensor) and a.numel() > 1000 for a in args):
+            self.large.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_what_it_needs_is_computed():
+    x = torch.randn(2, CHANNELS, 96, 96)
+    passes = {}
+    for pair in [('BN', 'BN'), ('LN', 'BN'), ('BN', 'LN')]:
+        layer = layer_of(*pair).eval()
+        with Operators() as seen:
+            layer(x)
+        passes[pair] = [n for n in seen.large if n not in ('aten::view', 'aten::_unsafe_view')]
+    assert passes['BN', 'BN'] == ['aten::native_batch_norm']
+    # Of rows the means alone, or both moments in one pass; then one affine pass.
+    assert passes['LN', 'BN'] == ['aten::mean', 'aten::native_batch_norm']
+    assert passes['BN', 'LN'][0] == 'aten::native_group_norm'
+    assert len(passes['BN', 'LN']) == 3, passes
+
+
+def test_cumulative_average():
+    layer = SelectedNorm(CHANNELS, 'LN', 'BN', momentum=None)
+    batches = [torch.randn(4, CHANNELS, 5, 5) for _ in range(3)]
+    for x in batches:
+        layer(x)
+    mean = torch.stack([x.mean((0, 2, 3)) for x in batches]).mean(0)
+    torch.testing.assert_close(layer.running_mean, mean, rtol=1e-5, atol=1e-6)
+    assert int(layer.num_batches_tracked) == 3
+
+
+def test_without_batch_norm_nothing_is_tracked():
+    layer = SelectedNorm(CHANNELS, 'LN', 'IN', affine=False)
+    assert not layer.state_dict()
+    assert 'LN' in repr(layer)
+    assert 'num_groups=3' in repr(layer_of('GN', 'IN'))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ((6, 'XN', 'BN'), "mean_source: got 'XN', expected one of IN, LN, BN, GN"),
+        ((6, 'LN', None), 'var_source: got None, expected one of'),
+        ((6, 'LN', 'GN'), 'num_groups: got 32, expected a divisor of num_features=6'),
+    ],
+)
+def test_bad_arguments(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        SelectedNorm(*arguments)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match='correction: got 2'):
+        SelectedNorm(6, 'LN', 'BN', correction=2)
+    for shape in ((6,), (2, 5, 3, 3)):
+        with pytest.raises(ValueError, match='x: got shape'):
+            SelectedNorm(6, 'LN', 'BN')(torch.randn(shape))
