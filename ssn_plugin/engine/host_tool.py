@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 
 from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.engine.class_folders import check_class_folders
@@ -122,6 +123,8 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     """
     _allow_runner_checkpoints()
     config = load_config(args.config, args.cfg_options)
+    if args.amp and get_device() == 'cpu':
+        raise InputError("--amp: got no GPU, expected one: mmengine's AmpOptimWrapper needs it")
     script = host_script(config, 'train.py')
     for split in ('train', 'val'):
         check_data(config, split)

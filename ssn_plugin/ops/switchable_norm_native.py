@@ -148,6 +148,9 @@ def backward(
     weight = _scaled_weight(kind, values, weight, needed=any(wanted[1:]))
     dy = dy.to(values.dtype)
     if kind.groups is None:
+        if x.is_cpu and x.element_size() < 4 and dy.stride() != x.stride():
+            # In another layout than x's it would be summed up in half precision.
+            dy = torch.empty_like(x).copy_(dy)
         return torch.ops.aten.native_batch_norm_backward(
             dy, values, weight, mean, var, *kept, kind.batch, eps, wanted
         )

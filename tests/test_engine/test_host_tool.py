@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.device import get_device
 
 from ssn_plugin.engine.host_tool import host_script
 from ssn_plugin.engine.preflight import InputError
@@ -66,6 +67,14 @@ def test_missing_host_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(InputError, match='mmpretrain is not installed: pip install onedl-mmpret'):
         host_script(Config(dict(default_scope='mmpretrain')), 'train.py')
+
+
+@pytest.mark.skipif(get_device() != 'cpu', reason='there is a GPU')
+def test_amp_without_a_gpu_is_one_line():
+    result = run('tools/train.py', CONFIG, '--amp')
+    assert result.returncode == 1
+    assert '--amp: got no GPU, expected one' in result.stderr
+    assert 'Traceback' not in result.stderr
 
 
 def test_missing_data_is_one_line(tmp_path):
