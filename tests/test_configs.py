@@ -15,7 +15,7 @@ from mmengine.structures import PixelData
 from torch import nn
 from yaml import safe_load
 
-from ssn_plugin import SN, SSN
+from ssn_plugin import SN, SSN, SyncSSN
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -33,6 +33,7 @@ STEM = re.compile(
 )
 # By the name in a config's file name; the first class that fits counts.
 NORMS = {
+    'syncssn': SyncSSN,
     'ssn': SSN,
     'sn': SN,
     'syncbn': nn.SyncBatchNorm,
@@ -201,6 +202,8 @@ def test_norms_are_where_the_name_says(path: Path) -> None:
         network += '_all' if '-all_' in path.stem else '_backbone'
     expected = {'backbone': BACKBONE_NORMS, **HEAD_NORMS[network]}
 
+    if norm == 'ssn' and cfg.default_scope == 'mmseg':
+        norm = 'syncssn'
     for part, count in expected.items():
         assert norms_in(model.get_submodule(part)) == {norm: count}, part
     assert norms_in(model) == {norm: sum(expected.values())}, 'a norm in another part'
@@ -213,7 +216,7 @@ def test_ssn_configs_carry_the_training_rules(path: Path) -> None:
     hooks = {hook['type']: hook for hook in cfg.get('custom_hooks', [])}
     for hook in hooks.values():
         HOOKS.build(copy.deepcopy(hook))
-    uses_ssn = "type='SSN'" in repr_of(cfg.model)
+    uses_ssn = any(f"type='{name}'" in repr_of(cfg.model) for name in ('SSN', 'SyncSSN'))
     uses_plugin = uses_ssn or "type='SN'" in repr_of(cfg.model)
 
     assert ('custom_imports' in cfg) == uses_plugin

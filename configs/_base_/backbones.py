@@ -28,3 +28,6 @@ ssn_r50 = dict(
     norm_eval=False,
     init_cfg=dict(type='Pretrained', checkpoint={{_base_.pretrained.ssn_r50}}),
 )
+
+# For segmentation, where SyncBN is the custom.
+sync_ssn_r50 = dict(ssn_r50, norm_cfg=dict(ssn_r50['norm_cfg'], type='SyncSSN'))

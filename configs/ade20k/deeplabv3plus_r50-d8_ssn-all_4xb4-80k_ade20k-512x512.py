@@ -1,12 +1,12 @@
-"""DeepLabV3+ R50-d8 on ADE20K, SSN throughout."""
+"""DeepLabV3+ R50-d8 on ADE20K, SSN with synchronised statistics throughout."""
 
 _base_ = [
     './deeplabv3plus_r50-d8_syncbn_4xb4-80k_ade20k-512x512.py',
     '../_base_/ssn_training.py',
 ]
-norm_cfg = dict(type='SSN')
+norm_cfg = dict(type='SyncSSN')
 model = dict(
-    backbone={{_base_.ssn_r50}},
+    backbone={{_base_.sync_ssn_r50}},
     decode_head=dict(norm_cfg=norm_cfg),
     auxiliary_head=dict(norm_cfg=norm_cfg),
 )

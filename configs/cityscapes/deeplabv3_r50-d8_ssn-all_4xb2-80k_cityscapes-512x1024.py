@@ -1,12 +1,12 @@
-"""DeepLabV3 R50-d8 on Cityscapes, SSN throughout."""
+"""DeepLabV3 R50-d8 on Cityscapes, SSN with synchronised statistics throughout."""
 
 _base_ = [
     './deeplabv3_r50-d8_syncbn_4xb2-80k_cityscapes-512x1024.py',
     '../_base_/ssn_training.py',
 ]
-norm_cfg = dict(type='SSN')
+norm_cfg = dict(type='SyncSSN')
 model = dict(
-    backbone={{_base_.ssn_r50}},
+    backbone={{_base_.sync_ssn_r50}},
     decode_head=dict(norm_cfg=norm_cfg),
     auxiliary_head=dict(norm_cfg=norm_cfg),
 )

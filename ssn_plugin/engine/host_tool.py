@@ -20,6 +20,7 @@ from ssn_plugin.engine.preflight import (
     check_work_dir,
     load_config,
 )
+from ssn_plugin.engine.processes import join_processes, leave_processes
 
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection (or mmdet)',
@@ -135,7 +136,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
         check_checkpoint('resume', resumed)
     check_checkpoints(config)
     check_work_dir(work_dir)
-    _run(script, arguments)
+    _run(script, join_processes(args.launcher, config, arguments))
 
 
 def test(args: argparse.Namespace, arguments: list[str]) -> None:
@@ -155,7 +156,7 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     check_data(config, 'test')
     check_class_folders(config, ('test',))
     check_work_dir(_work_dir(args, config))
-    _run(script, arguments)
+    _run(script, join_processes(args.launcher, config, arguments))
 
 
 def _work_dir(args: argparse.Namespace, config: Config) -> str:
@@ -175,6 +176,7 @@ def _run(script: Path, arguments: list[str]) -> None:
     sys.argv = [str(script), *arguments]
     try:
         runpy.run_path(str(script), run_name='__main__')
+        leave_processes()
     except CheckpointError as error:
         # Only the built backbone shows that a file does not fill it.
         raise InputError(str(error)) from error

@@ -26,7 +26,8 @@ def set_radius(model: nn.Module, radius: float) -> None:
         radius: At least 0. From ``sqrt((K - 1) / K)`` on, every layer is one-hot.
 
     Raises:
-        ValueError: If ``radius`` is negative, NaN or no number.
+        ValueError: If ``radius`` is negative, NaN or no number, or control parameters are spread
+            over processes.
 
     Example:
         >>> import torch
@@ -44,6 +45,7 @@ def set_radius(model: nn.Module, radius: float) -> None:
     alike = defaultdict(list)
     for module in model.modules():
         if isinstance(module, SSN) and module.mean_weight.requires_grad:
+            _check_whole(module)
             module.radius.fill_(radius)
             alike[module.mean_weight.device, len(module.normalizers)].append(module)
     for layers in alike.values():
@@ -66,6 +68,19 @@ def set_radius(model: nn.Module, radius: float) -> None:
                     choices[name] = index
             if tuple(map(choices.get, ('mean', 'var'))) != known_choices(module):
                 hold(module, choices)
+
+
+def _check_whole(layer: SSN) -> None:
+    size = len(layer.normalizers)
+    for name in ('mean_weight', 'var_weight'):
+        parameter = getattr(layer, name)
+        # FSDP leaves a piece of it, or a DTensor.
+        if parameter.shape != (size,) or hasattr(parameter, 'placements'):
+            raise ValueError(
+                f'{name}: got {type(parameter.data).__name__} of shape {tuple(parameter.shape)}, '
+                f'expected shape ({size},) in every process; keep the parameters of SSN layers out '
+                'of FSDP (docs/distributed.md has the recipe)'
+            )
 
 
 @torch.no_grad()

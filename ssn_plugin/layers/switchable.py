@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssn_plugin.functional import check_normalizers
+from ssn_plugin.layers.small_batch import warn_of_one_sample
 from ssn_plugin.ops.ratio_maps import Selection, importance_ratios
 from ssn_plugin.ops.statistics import Settings
 from ssn_plugin.ops.switchable_norm import switchable_norm
@@ -171,7 +172,7 @@ class SwitchableNorm(nn.Module):
         # operators of a small input; functional_call swaps them there too.
         parameters, buffers = self._parameters, self._buffers
         running_mean, running_var = buffers['running_mean'], buffers['running_var']
-        momentum = self.momentum or 0.0
+        momentum, group = self.momentum or 0.0, self._group
         if self.training and running_mean is not None:
             batches = buffers['num_batches_tracked']
             if _recomputes():
@@ -182,6 +183,8 @@ class SwitchableNorm(nn.Module):
                 batches.add_(1)
             if self.momentum is None:
                 momentum = batches.to(running_mean.dtype).reciprocal()
+            if x.shape[0] == 1 and group is None and not torch.compiler.is_compiling():
+                warn_of_one_sample(self)
         return switchable_norm(
             x,
             parameters['mean_weight'],
@@ -195,7 +198,7 @@ class SwitchableNorm(nn.Module):
             self._ratio_map,
             self._selection(),
             Settings(self.normalizers, self.num_groups, self.correction, self.eps),
-            self._group,
+            group,
         )
 
     def extra_repr(self) -> str:
