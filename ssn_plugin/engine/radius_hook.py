@@ -77,15 +77,24 @@ class SSNRadiusHook(Hook):
         return self.start_radius + (self.end_radius - self.start_radius) * grown
 
     def before_train(self, runner) -> None:
-        """Say so if there is nothing to schedule.
+        """Say so if there is nothing to schedule, or nothing that could be learned.
 
         Args:
             runner: mmengine's Runner.
         """
-        if not any(isinstance(module, SSN) for module in runner.model.modules()):
+        layers = [module for module in runner.model.modules() if isinstance(module, SSN)]
+        if not layers:
             runner.logger.warning(
                 'SSNRadiusHook: the model has no SSN layer, so there is no radius to set. '
                 "Is norm_cfg=dict(type='SSN') missing?"
+            )
+        # Two ratios on a circle cannot move: the first gradient would decide.
+        pairs = [layer for layer in layers if len(layer.normalizers) == 2]
+        if pairs and self.begin == 0 and self.end_radius > 0:
+            runner.logger.warning(
+                f'SSNRadiusHook: {len(pairs)} SSN layers have two candidates, '
+                f'{pairs[0].normalizers}, and choose within the first iterations when the radius '
+                'grows from the start; set begin, for example dict(type="SSNRadiusHook", begin=0.3)'
             )
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:

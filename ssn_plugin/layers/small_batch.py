@@ -25,7 +25,7 @@ def warn_of_one_sample(layer: nn.Module) -> None:
     warnings.warn(
         f"{type(layer).__name__} got a batch of one sample in training. There 'BN' computes what "
         "'IN' does, but in evaluation it uses running statistics: a layer that chooses it performs "
-        "worse then. Leave it out with normalizers=('IN', 'LN'), take more samples per process, or "
-        'let several processes share statistics with SyncSSN.',
+        "worse then. Leave it out with normalizers=('IN', 'LN') and a begin for SSNRadiusHook, "
+        'take more samples per process, or let several processes share statistics with SyncSSN.',
         stacklevel=4,
     )

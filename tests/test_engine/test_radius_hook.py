@@ -247,6 +247,17 @@ def test_model_without_ssn_warns_once_and_trains(make_runner, norm):
     assert 'the model has no SSN layer' in line
 
 
+@pytest.mark.parametrize(('begin', 'count'), [(0.0, 1), (0.3, 0)])
+def test_two_candidates_that_would_decide_at_once_warn(make_runner, begin, count):
+    norm = dict(type='SSN', normalizers=('IN', 'LN'))
+    hooks = [dict(type='SSNRadiusHook', begin=begin)]
+    runner = make_runner(model=dict(type='ToyNet', norm_cfg=norm), custom_hooks=hooks)
+    runner.train()
+    lines = warnings_of(runner)
+    assert len(lines) == count
+    assert all('two candidates' in line and 'begin=0.3' in line for line in lines)
+
+
 def test_distributed_wrapper(make_runner):
     torch.distributed.init_process_group(
         'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1
