@@ -64,3 +64,11 @@ def test_sync_buffers_hook(kind, found):
             assert torch.equal(value, befores[0][name]), name
     assert all(len(process['goes on', kind]) == STEPS for process in found)
     assert all(map(math.isfinite, found[0]['goes on', kind]))
+
+
+def test_a_layer_that_communicates_compiles_into_one_graph(found):
+    for process in found:
+        for ours, theirs in zip(*process['eager, compiled'], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    running = [process['eager, compiled'][1][-1] for process in found]
+    assert torch.equal(*running)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from ssn_plugin import SSN, SyncSSN, set_radius
 
 STEPS = 8
+COMPILE = dict(fullgraph=True, backend='aot_eager')
 
 
 def network(kind: type) -> nn.Module:
@@ -101,6 +102,20 @@ def refusal(wrap) -> str:
     return ''
 
 
+def compiled_step(rank: int) -> list[list[Tensor]]:
+    """Y, gradients and running statistics of a SyncSSN, as it is and compiled into one graph."""
+    torch.manual_seed(1 + rank)
+    x, dy = torch.randn(2, 3, 4, 5, 5).unbind()
+    found = []
+    for wrap in (lambda layer: layer, lambda layer: torch.compile(layer, **COMPILE)):
+        layer, leaf = SyncSSN(4), x.clone().requires_grad_()
+        y = wrap(layer)(leaf)
+        y.backward(dy)
+        gradients = [parameter.grad for parameter in layer.parameters()]
+        found.append([y.detach(), leaf.grad, *gradients, layer.running_mean, layer.running_var])
+    return found
+
+
 def run_all(rank: int, world: int) -> dict:
     """Everything at once, as every start of a process takes seconds."""
     mesh = init_device_mesh('cpu', (world,))
@@ -129,6 +144,7 @@ def run_all(rank: int, world: int) -> dict:
             )
         ),
     ]
+    found['eager, compiled'] = compiled_step(rank)
     # Radius, flags and choices in the middle of a training, some of them frozen.
     for kind in (SSN, SyncSSN):
         model = network(kind)
