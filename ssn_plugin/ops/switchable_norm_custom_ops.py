@@ -1,4 +1,4 @@
-"""The Triton backend as two operators of torch.library, for torch.compile.
+"""The Triton backend as two custom operators of torch, for torch.compile.
 
 `torch.ops.ssn_plugin.switchable_norm_forward` and `..._backward` are what
 :func:`ssn_plugin.ops.switchable_norm_triton.forward` and ``backward`` are, with the arguments that
@@ -7,7 +7,7 @@ only, so what is None there is an empty tensor here.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ssn_plugin.ops import switchable_norm_triton as backend
 
@@ -33,7 +33,7 @@ def _present(result: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if result is None else result
 
 
-@torch.library.custom_op(
+@library.custom_op(
     'ssn_plugin::switchable_norm_forward',
     mutates_args=('running_mean', 'running_var'),
     schema=_FORWARD,
@@ -65,7 +65,7 @@ def _(
     return torch.empty_like(backend.laid_out(x)[0]), x.new_empty(size, dtype=torch.float32)
 
 
-@torch.library.custom_op('ssn_plugin::switchable_norm_backward', mutates_args=(), schema=_BACKWARD)
+@library.custom_op('ssn_plugin::switchable_norm_backward', mutates_args=(), schema=_BACKWARD)
 def switchable_norm_backward(
     dy, x, saved, weight, ratio_map, constant, normalizers, num_groups, correction, eps,
     mean_selected=None, var_selected=None, needs_dx=True, needs_control=True, needs_dbias=True,

@@ -16,7 +16,7 @@ def _forward(momentum: float | Tensor, *arguments) -> tuple[Tensor, Tensor]:
         return triton.forward(
             *tensors, momentum, training, normalizers, num_groups, correction, eps, selected
         )
-    # Not before: torch.library.custom_op imports Triton.
+    # Not before: to register a custom operator imports Triton.
     from ssn_plugin.ops import switchable_norm_custom_ops as custom_ops
 
     number, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ssn_plugin.ops.sparsestmax import _MAX_AMPLIFICATION, _RADIUS_TOLERANCE, circumradius
 
@@ -40,9 +40,9 @@ _MANY_ROWS = 8192
 
 
 def _find_triton() -> bool:
-    # Triton 3 came with torch 2.4, and so did torch.library.custom_op.
+    # Triton 3 came with torch 2.4, and so did Python's custom operators.
     try:
-        return hasattr(torch.library, 'custom_op') and bool(importlib.util.find_spec('triton'))
+        return hasattr(library, 'custom_op') and bool(importlib.util.find_spec('triton'))
     except (ImportError, ValueError):  # an importer that refuses, or half a module
         return False
 

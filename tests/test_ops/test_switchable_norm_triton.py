@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 from ssn_plugin.ops import reference
 from ssn_plugin.ops import switchable_norm_triton as backend
@@ -812,8 +813,8 @@ def test_custom_operators(last, training, monkeypatch):
     )
     case = Case(image(2, 4, 3, 2, last=last), running=True, training=training)
     forward, backward = operator_arguments(case)
-    torch.library.opcheck(torch.ops.ssn_plugin.switchable_norm_forward, forward)
-    torch.library.opcheck(torch.ops.ssn_plugin.switchable_norm_backward, backward)
+    library.opcheck(torch.ops.ssn_plugin.switchable_norm_forward, forward)
+    library.opcheck(torch.ops.ssn_plugin.switchable_norm_backward, backward)
     expected = case.run()
     found = torch.ops.ssn_plugin.switchable_norm_backward(*backward)
     torch.testing.assert_close(found, tuple(expected.values())[1:])
