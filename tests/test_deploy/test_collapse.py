@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from random_state import randomize_affine_and_running
 from torch import nn
 
 from ssn_plugin import SSN, SelectedNorm, SSN1d, SSN2d, SSN3d, collapse_ssn, set_radius
@@ -23,12 +24,8 @@ def decided(mean: str = 'BN', var: str | None = None, kind: type = SSN, **settin
     with torch.no_grad():
         layer.mean_weight[NORMALIZERS.index(mean)] = 2
         layer.var_weight[NORMALIZERS.index(var or mean)] = 2
-        if layer.affine:
-            layer.weight.normal_()
-            layer.bias.normal_()
+        randomize_affine_and_running(layer)
         if layer.running_mean is not None:
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
             layer.num_batches_tracked.fill_(7)
     set_radius(layer, 0.3)
     assert layer.selected == (mean, var or mean)

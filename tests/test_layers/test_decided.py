@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from random_state import randomize_affine_and_running
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,12 +44,7 @@ def layer_on(mean: str, var: str | None, correction: int = 0, **settings) -> SSN
             layer.var_weight.copy_(torch.tensor([0.02, 0.05, 0.01, -0.03]))
         else:
             layer.var_weight[NORMALIZERS.index(var)] = 2
-        if layer.affine:
-            layer.weight.normal_()
-            layer.bias.normal_()
-        if layer.running_mean is not None:
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
+        randomize_affine_and_running(layer)
     set_radius(layer, 0.3)
     assert (layer.mean_fixed.item(), layer.var_fixed.item()) == (1, int(var is not None))
     return layer

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_state import randomize_affine_and_running
 
 from ssn_plugin import SSN, SSN1d, SSN2d, SSN3d, set_radius, sparsestmax
 from ssn_plugin.ops import reference
@@ -141,12 +142,7 @@ def layer_of(arguments: dict, state: dict, dtype: torch.dtype) -> SSN:
                 control.copy_(torch.randn(count))
             elif state['control'] == 'one-hot':
                 control[torch.randint(count, ())] = 1.5
-        if layer.affine:
-            layer.weight.normal_()
-            layer.bias.normal_()
-        if layer.running_mean is not None:
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
+        randomize_affine_and_running(layer)
     if state['through_set_radius']:
         set_radius(layer, state['radius'])
     else:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from random_state import randomize_affine_and_running
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssn_plugin import SelectedNorm
@@ -17,13 +18,7 @@ CHANNELS, GROUPS = 6, 3
 
 def layer_of(mean: str, var: str, **settings) -> SelectedNorm:
     layer = SelectedNorm(CHANNELS, mean, var, eps=1e-3, num_groups=GROUPS, **settings)
-    with torch.no_grad():
-        if layer.affine:
-            layer.weight.normal_()
-            layer.bias.normal_()
-        if layer.running_mean is not None:
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
+    randomize_affine_and_running(layer)
     return layer
 
 
