@@ -54,5 +54,3 @@ html_show_sourcelink = False
 html_static_path = ['static']
 html_css_files = ['site.css']
 html_extra_path = ['redirect']  # from the root of the site to its first page
-
-suppress_warnings = ['toc.not_included']

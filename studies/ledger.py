@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import ssn_plugin
-from ssn_plugin.analysis.output import whole_file
+from ssn_plugin.checkpoint.whole_file import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, object]

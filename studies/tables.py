@@ -1,11 +1,6 @@
-"""How the studies show repeated runs: mean and spread over seeds, tables, figures, a verdict."""
+"""How the studies show repeated runs: mean and spread over seeds, tables, a verdict."""
 
 from collections.abc import Sequence
-from pathlib import Path
-
-from matplotlib.figure import Figure
-
-from ssn_plugin.analysis.figures import save_figure
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -67,15 +62,3 @@ def verdict(ours: Sequence[float], theirs: Sequence[float], margin: float) -> st
     if abs(difference) > margin and max(ours) < min(theirs):
         return 'lower'
     return 'no difference seen'
-
-
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as PNG and as SVG.
-
-    Args:
-        figure: What to write.
-        folder: Where.
-        name: Without suffix.
-    """
-    for suffix in ('.png', '.svg'):
-        save_figure(figure, folder / f'{name}{suffix}')

@@ -29,12 +29,9 @@ def processes():
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['interrupted_run'])
     path = os.pathsep.join([*sys.path, str(Path(interrupted_run.__file__).parent)])
-    before = os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = path
-    yield context
-    os.environ.pop('PYTHONPATH')
-    if before is not None:
-        os.environ['PYTHONPATH'] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', path)
+        yield context
 
 
 @contextlib.contextmanager
@@ -55,6 +52,17 @@ def messages(connection):
     with contextlib.suppress(EOFError):
         while True:
             yield connection.recv()
+
+
+def kill_at(processes, settings, iteration: int) -> None:
+    """Train until an iteration begins, and kill the process there."""
+    with running(processes, settings) as (process, connection):
+        for told, _ in messages(connection):
+            if told == iteration:
+                break
+        process.kill()
+        process.join()
+        assert process.exitcode == -9
 
 
 def finish(processes, settings, **limits) -> list:
@@ -140,13 +148,7 @@ def test_killed_before_during_and_after_freezing(loop, num_workers, processes, s
     all_of_them = frozen.index(6)
     resumed_at = []
     for moment in (first - 1, (first + all_of_them) // 2, all_of_them + 2):
-        with running(processes, settings) as (process, connection):
-            for told, _ in messages(connection):
-                if told == moment:
-                    process.kill()
-                    break
-            process.join()
-            assert process.exitcode == -9
+        kill_at(processes, settings, moment)
         checkpoint = last_checkpoint(settings)
         done = 0 if checkpoint is None else read(checkpoint)['meta']['iter']
         resumed_at.append(done)
@@ -207,11 +209,7 @@ def test_killed_while_a_checkpoint_is_written(processes, tmp_path):
 def test_file_system_that_takes_no_more(loop, processes, straight, tmp_path):
     """Writing fails half-way through a checkpoint; with space it goes on from the one before."""
     settings = interrupted_run.config(str(tmp_path / 'run'), LOOPS[loop])
-    with running(processes, settings) as (process, connection):
-        for told, _ in messages(connection):
-            if told == 14:
-                break
-        process.kill()
+    kill_at(processes, settings, 14)
     before = last_checkpoint(settings)
     content = before.read_bytes()
     *_, message = finish(processes, settings, file_limit=len(content) // 2)
@@ -237,11 +235,7 @@ def test_full_disk(processes, straight, tmp_path):
     try:
         settings = interrupted_run.config(str(tmp_path / 'run'), False)
         settings['default_hooks']['checkpoint'] |= dict(out_dir=str(disk), interval=5)
-        with running(processes, settings) as (process, connection):
-            for told, _ in messages(connection):
-                if told == 8:
-                    break
-            process.kill()
+        kill_at(processes, settings, 8)
         before = last_checkpoint(settings)
         assert before.parent == disk / 'run'
         with contextlib.suppress(OSError), open(disk / 'other', 'wb') as file:
@@ -264,11 +258,7 @@ def test_without_the_hook_a_resumed_run_goes_elsewhere(loop, processes, straight
     """Or the tests above would show nothing."""
     settings = interrupted_run.config(str(tmp_path / 'run'), LOOPS[loop])
     settings['custom_hooks'] = settings['custom_hooks'][1:]
-    with running(processes, settings) as (process, connection):
-        for told, _ in messages(connection):
-            if told == 14:
-                break
-        process.kill()
+    kill_at(processes, settings, 14)
     finish(processes, settings)
     weights = [read(path)['state_dict'] for path in (last_checkpoint(settings), straight[loop][0])]
     assert not torch.equal(*(state['head.weight'] for state in weights))

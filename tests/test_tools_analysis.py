@@ -66,10 +66,9 @@ def test_report_and_history(tmp_path):
     assert (code, out) == (0, f'{folder / "report.html"}\n')
     code, out, err = run_here('plot_ratio_history.py', str(folder), '--gif')
     assert code == 0, err
-    figures = {'history.png', 'history.svg', 'simplex.png', 'simplex.svg', 'simplex.gif'}
-    assert out.splitlines() == [str(folder / name) for name in (
-        'history.png', 'history.svg', 'simplex.png', 'simplex.svg', 'simplex.gif')]  # fmt: skip
-    assert names(folder) == before | figures | {'report.html'}
+    figures = ['history.png', 'history.svg', 'simplex.png', 'simplex.svg', 'simplex.gif']
+    assert out.splitlines() == [str(folder / name) for name in figures]
+    assert names(folder) == before | {*figures, 'report.html'}
 
 
 def test_folder_that_cannot_be_made(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
-from ssn_plugin.analysis.output import whole_file
+from ssn_plugin.checkpoint.whole_file import whole_file
 
 
 class Difference(NamedTuple):
@@ -29,6 +29,17 @@ class Difference(NamedTuple):
     def differs(self) -> bool:
         """Whether not all models that have the layer prefer the same candidate."""
         return len(set(self.leading) - {None}) > 1
+
+
+def headline(found: Sequence[Difference]) -> str:
+    """How many layers differ, in words.
+
+    Args:
+        found: Of :func:`differences`.
+    """
+    common = {difference.layer for difference in found if None not in difference.leading}
+    differing = {difference.layer for difference in found if difference.differs}
+    return f'{len(differing)} of {len(common)} common layers prefer another normalizer'
 
 
 def common_name(layer: str) -> str:
@@ -105,6 +116,7 @@ def write_comparison(found: Sequence[Difference], sources: Sequence[str], path: 
     with whole_file(path) as temporary, temporary.open('w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(['layer', 'statistic', *sources, 'differs', 'distance'])
-        for layer, statistic, leading, distance in found:
-            differs = int(Difference(layer, statistic, leading, distance).differs)
-            writer.writerow([layer, statistic, *leading, differs, f'{distance:.6f}'])
+        for row in found:
+            writer.writerow(
+                [row.layer, row.statistic, *row.leading, int(row.differs), f'{row.distance:.6f}']
+            )

@@ -21,9 +21,10 @@ def curves_figure(logs: RunLogs, title: str) -> Figure | None:
         logs: Of :func:`ssn_plugin.analysis.run_logs.read_run_logs`.
         title: Title of the figure.
     """
-    losses = [name for name in _names(logs.train) if name.startswith('loss')]
-    losses += [name for name in _names(logs.train) if '.loss' in name]
-    rates = [name for name in _names(logs.train) if name == 'lr']
+    train = _names(logs.train)
+    losses = [name for name in train if name.startswith('loss')]
+    losses += [name for name in train if '.loss' in name]
+    rates = [name for name in train if name == 'lr']
     metrics = shown_metrics(logs.val)
     panels = [
         (logs.train, losses, 'training loss'),

@@ -14,8 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ssn_plugin.analysis.output import whole_file
+from ssn_plugin.checkpoint.whole_file import whole_file
 
+STATISTIC_NAMES = {'mean': 'mean', 'var': 'variance'}
 # Okabe and Ito's palette, which stays distinct with every colour vision; the hatches tell the
 # normalizers apart without any colour.
 NORMALIZER_COLOURS = {'IN': '#E69F00', 'LN': '#56B4E9', 'BN': '#009E73', 'GN': '#CC79A7'}
@@ -136,7 +137,25 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     metadata = {'Date': None} if Path(path).suffix == '.svg' else None
     with matplotlib.rc_context(_STYLE), whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, metadata=metadata, facecolor='white')
+        kind = Path(path).suffix[1:]
+        figure.savefig(temporary, format=kind, dpi=_DPI, metadata=metadata, facecolor='white')
+
+
+def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and as SVG.
+
+    Args:
+        figure: What to write.
+        folder: Where to; it exists.
+        name: Without suffix.
+
+    Returns:
+        The files.
+    """
+    paths = [folder / f'{name}{suffix}' for suffix in ('.png', '.svg')]
+    for path in paths:
+        save_figure(figure, path)
+    return paths
 
 
 def as_svg(figure: Figure) -> str:
@@ -152,14 +171,15 @@ def as_svg(figure: Figure) -> str:
     return text[text.index('<svg') :]
 
 
-def as_image(figure: Figure) -> np.ndarray:
+def as_image(figure: Figure, dpi: int = _DPI) -> np.ndarray:
     """A figure as an RGB image, uint8, (H, W, 3).
 
     Args:
         figure: What to draw.
+        dpi: Pixels per inch of the figure.
     """
     canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(_DPI)
+    figure.set_dpi(dpi)
     with matplotlib.rc_context(_STYLE):
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
-from ssn_plugin.analysis.output import whole_file
+from ssn_plugin.checkpoint.whole_file import whole_file
 
 HISTORY_FILE = 'ratios.jsonl'
 

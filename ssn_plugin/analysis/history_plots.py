@@ -10,25 +10,25 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Polygon
 
 from ssn_plugin.analysis.figures import (
+    STATISTIC_NAMES,
+    as_image,
     new_figure,
     normalizer_legend,
     normalizer_style,
     plain,
-    save_figure,
+    save_both,
     used_normalizers,
 )
 from ssn_plugin.analysis.history import History, HistoryError, spread
 from ssn_plugin.analysis.importance_ratios import STATISTICS
-from ssn_plugin.analysis.output import whole_file
 from ssn_plugin.analysis.places import place_of
+from ssn_plugin.checkpoint.whole_file import whole_file
 
-_NAMES = {'mean': 'mean', 'var': 'variance'}
 _MARKERS = {'stem': 'o', 'residual': 'o', 'shortcut': 's', 'FPN': '^', 'head': 'D', 'other': 'o'}
 # The plane of the simplex of three candidates, true to scale: its corners are sqrt(2) apart.
 _CORNERS = np.array([[0.0, 0.0], [math.sqrt(2), 0.0], [math.sqrt(0.5), math.sqrt(1.5)]])
@@ -80,13 +80,10 @@ def animate_simplex(
     _check(history)
     history = history.thinned(max(frames, 2 * _POINTS))
     drawing = _SimplexDrawing(history, title)
-    canvas = FigureCanvasAgg(drawing.figure)
-    drawing.figure.set_dpi(72)
     pictures = []
     for index in progress(spread(len(history.lines), frames)):
         drawing.show(index)
-        canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+        pictures.append(Image.fromarray(as_image(drawing.figure, 72)))
         # Once placed, nothing moves any more.
         drawing.figure.set_layout_engine('none')
     # One palette, that of the end, or the colours of the legend would flicker.
@@ -198,9 +195,7 @@ def write_history_figures(
         figures['simplex'] = simplex_figure(history, title)
     written = []
     for name, figure in figures.items():
-        for suffix in ('.png', '.svg'):
-            written.append(folder / f'{name}{suffix}')
-            save_figure(figure, written[-1])
+        written += save_both(figure, folder, name)
     if gif and has_triples(history):
         written.append(folder / 'simplex.gif')
         animate_simplex(history, title, written[-1], progress=progress)
@@ -238,7 +233,7 @@ def _draw_decided(ax: Axes, history: History, iterations: Sequence[int]) -> None
             color=colour,
             linestyle=style,
             drawstyle='steps-post',
-            label=f'decided: {_NAMES[statistic]}',
+            label=f'decided: {STATISTIC_NAMES[statistic]}',
         )
     ax.set_ylim(0, 1.05 * len(history.layers))
     ax.set_ylabel(f'layers, of {len(history.layers)}')
@@ -320,7 +315,7 @@ class _SimplexDrawing:
         ax.set_ylim(-0.22, math.sqrt(1.5) + 0.2)
         ax.set_aspect('equal')
         ax.set_axis_off()
-        ax.set_title(f'ratios of the {_NAMES[statistic]}', fontsize=11)
+        ax.set_title(f'ratios of the {STATISTIC_NAMES[statistic]}', fontsize=11)
         return statistic, names, columns, all_points, circle, paths, ends, labels
 
     def _legend(self) -> None:

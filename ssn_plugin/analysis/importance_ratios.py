@@ -99,8 +99,9 @@ def importance_ratios(model: nn.Module) -> list[LayerRatios]:
         own = ()
         if isinstance(layer, SSN):
             own = (next(numbers), next(numbers) > 0, next(numbers) > 0)
-        row = LayerRatios(name, layer.normalizers, mean, var, *own)
-        rows.append(row._replace(channels=layer.num_features))
+        rows.append(
+            LayerRatios(name, layer.normalizers, mean, var, *own, channels=layer.num_features)
+        )
     return rows
 
 

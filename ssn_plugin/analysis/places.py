@@ -6,7 +6,6 @@ from typing import NamedTuple
 _STEM = re.compile(r'^(?:backbone\.)?((?:stem\.)?(?:sn|bn|gn|norm)?\d)$')
 _STAGE = re.compile(r'^(?:backbone\.)?(layer\d)\.(.+)$')
 _HEAD = re.compile(r'^(?:.*\.)?(\w*head)\.(.+)$')
-_BELOW = re.compile(r'^(neck|backbone)\.(.+)$')
 
 
 class Place(NamedTuple):
@@ -41,10 +40,8 @@ def place_of(layer: str) -> Place:
         return Place(found[1], kind, found[2])
     if found := _HEAD.match(layer):
         return Place(found[1], 'head', found[2])
-    if found := _BELOW.match(layer):
-        stage, label = found.groups()
-        if stage == 'neck':
-            return Place('neck', 'FPN', label)
+    if layer.startswith('neck.'):
+        return Place('neck', 'FPN', layer.removeprefix('neck.'))
     if (found := _STEM.match(layer)) and not layer.isdigit():
         return Place('stem', 'stem', found[1])
     return Place('other', 'other', layer)

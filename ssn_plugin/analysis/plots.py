@@ -9,8 +9,9 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ssn_plugin.analysis.comparison import aligned, differences
+from ssn_plugin.analysis.comparison import aligned, differences, headline
 from ssn_plugin.analysis.figures import (
+    STATISTIC_NAMES,
     mark_stages,
     new_figure,
     normalizer_legend,
@@ -23,7 +24,6 @@ from ssn_plugin.analysis.places import place_of
 
 # Where a figure has more layers, it goes on below.
 _COLUMNS = 64
-_NAMES = {'mean': 'mean', 'var': 'variance'}
 
 
 class _Panel(NamedTuple):
@@ -54,7 +54,8 @@ def selection_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
     """
     _check(rows)
     panels = [
-        _Panel(f'ratios of the {_NAMES[statistic]}', statistic, rows) for statistic in STATISTICS
+        _Panel(f'ratios of the {STATISTIC_NAMES[statistic]}', statistic, rows)
+        for statistic in STATISTICS
     ]
     decided = sum(row.decided for row in rows)
     subtitle = f'{decided} of {len(rows)} layers are one normalizer, {shown_radius(rows)}'
@@ -89,7 +90,7 @@ def share_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
                 _share_bar(ax, -position, group[1], statistic, normalizers)
         ax.set_xlim(0, 1)
         ax.set_xticks([0, 0.5, 1], ['0', '50 %', '100 %'])
-        ax.set_title(f'share in the {_NAMES[statistic]}', fontsize=10)
+        ax.set_title(f'share in the {STATISTIC_NAMES[statistic]}', fontsize=10)
         ax.spines[['top', 'right']].set_visible(False)
     there = [(-position, group) for position, group in enumerate(groups) if group is not None]
     axes[0].set_yticks(
@@ -127,11 +128,9 @@ def comparison_figure(sources: Mapping[str, Sequence[LayerRatios]], title: str) 
     for statistic in STATISTICS:
         marked = [d.differs for d in found if d.statistic == statistic]
         for number, (source, rows) in enumerate(by_source.items()):
-            label = f'{_NAMES[statistic]}\n{_wrapped(source)}'
+            label = f'{STATISTIC_NAMES[statistic]}\n{_wrapped(source)}'
             panels.append(_Panel(label, statistic, rows, () if number else marked))
-    count = len({d.layer for d in found if d.differs})
-    compared = [layers for layers in zip(*by_source.values(), strict=True) if None not in layers]
-    subtitle = f'{count} of {len(compared)} common layers prefer another normalizer (▼)'
+    subtitle = f'{headline(found)} (▼)'
     return _bars(panels, names, f'{title}\n{subtitle}', 1.1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ssn_plugin.analysis.comparison import differences, write_comparison
-from ssn_plugin.analysis.figures import save_figure
+from ssn_plugin.analysis.figures import save_both
 from ssn_plugin.analysis.importance_ratios import LayerRatios
 from ssn_plugin.analysis.plots import comparison_figure, selection_figure, share_figure
 from ssn_plugin.analysis.tables import write_csv, write_json
@@ -45,8 +45,5 @@ def write_selection(
         jobs.append(('comparison', comparison_figure, sources, ' and '.join(sources)))
     figures = []
     for name, draw, rows, title in progress(jobs):
-        figure = draw(rows, title)
-        for suffix in ('.png', '.svg'):
-            figures.append(folder / f'{name}{suffix}')
-            save_figure(figure, figures[-1])
+        figures += save_both(draw(rows, title), folder, name)
     return tables + figures

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssn_plugin.analysis.comparison import Difference
+from ssn_plugin.analysis.comparison import Difference, headline
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
-from ssn_plugin.analysis.output import whole_file
+from ssn_plugin.checkpoint.whole_file import whole_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -125,10 +125,8 @@ def difference_table(found: Sequence[Difference], sources: Sequence[str]) -> 'Ta
     from rich.table import Table
 
     differing = [difference for difference in found if difference.differs]
-    common = len({difference.layer for difference in found if None not in difference.leading})
-    layers = len({difference.layer for difference in differing})
     table = Table(
-        title=f'{layers} of {common} common layers prefer another normalizer',
+        title=headline(found),
         title_justify='left',
         header_style='bold',
     )

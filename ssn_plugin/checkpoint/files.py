@@ -7,13 +7,14 @@ import os
 import pickle
 import pickletools
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ssn_plugin.checkpoint.whole_file import whole_file
 
 ALLOW_PICKLE = 'SSN_ALLOW_PICKLE'
 
@@ -228,29 +229,18 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool 
     """
     path = Path(path)
     check_writable(path, overwrite)
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp', delete=False
-        ) as file:
-            temporary = file.name
+        with whole_file(path) as temporary, open(temporary, 'wb') as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+    except (OSError, RuntimeError) as error:
         # The zip writer raises a RuntimeError of its own over what the disk said.
         cause = error
         while isinstance(cause, RuntimeError) and cause.__context__ is not None:
             cause = cause.__context__
-        if isinstance(error, OSError | RuntimeError):
-            reason = getattr(cause, 'strerror', None) or ' '.join(str(error).split())[:200]
-            raise CheckpointError(f'{path}: cannot be written: {reason}') from error
-        raise
+        reason = getattr(cause, 'strerror', None) or ' '.join(str(error).split())[:200]
+        raise CheckpointError(f'{path}: cannot be written: {reason}') from error
 
 
 def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -272,10 +262,3 @@ def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise CheckpointError(f'{path}: cannot be written: there is no folder {path.parent}')
     if not os.access(path.parent, os.W_OK):
         raise CheckpointError(f'{path}: cannot be written: {path.parent} is read-only')
-
-
-def _umask() -> int:
-    # A temporary file is private; the checkpoint is to have the permissions of any new file.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

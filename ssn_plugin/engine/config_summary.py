@@ -7,8 +7,7 @@ from mmengine.config import Config
 from ssn_plugin.analysis.report_page import Section
 from ssn_plugin.engine.preflight import datasets_of
 from ssn_plugin.engine.radius_hook import SSNRadiusHook
-
-_CIRCUMRADIUS = (2 / 3) ** 0.5  # of three candidates
+from ssn_plugin.ops.sparsestmax import circumradius
 
 
 def summarise(config: Config, max_iters: int | None = None) -> list[Section]:
@@ -59,7 +58,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     if 'type' in model:
         yield 'type', str(model['type'])
     for key, part in model.items():
-        if isinstance(part, Mapping) and 'type' in part and key not in ('data_preprocessor',):
+        if isinstance(part, Mapping) and 'type' in part and key != 'data_preprocessor':
             words = [str(part['type'])]
             for name in ('depth', 'num_classes', 'frozen_stages', 'norm_eval'):
                 if name in part:
@@ -142,7 +141,8 @@ def _schedule(config: Config, max_iters: int | None) -> Iterator[tuple[str, str]
             f'from {100 * schedule.begin:g} % to {100 * schedule.end:g} % of the run',
         )
         if max_iters:
-            at = (i for i in range(max_iters) if schedule.radius_at(i, max_iters) >= _CIRCUMRADIUS)
+            one_hot = circumradius(3)  # of three candidates
+            at = (i for i in range(max_iters) if schedule.radius_at(i, max_iters) >= one_hot)
             first = next(at, None)
             yield (
                 'all layers of three candidates decided',

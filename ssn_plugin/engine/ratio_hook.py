@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from ssn_plugin.analysis.history import HISTORY_FILE, append_to_history, start_history
-from ssn_plugin.analysis.importance_ratios import LayerRatios, importance_ratios
+from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.engine.versions import versions
 
@@ -150,8 +150,8 @@ def importance_scalars(
     per_layer: dict[str, float] = {}
     by_normalizer: dict[str, list[float]] = {}
     for row in rows:
-        for statistic, ratios in (('mean', row.mean_ratios), ('var', row.var_ratios)):
-            for normalizer, ratio in zip(row.normalizers, ratios, strict=True):
+        for statistic in STATISTICS:
+            for normalizer, ratio in row.ratios(statistic).items():
                 per_layer[f'ssn/{row.layer}/{statistic}/{normalizer}'] = ratio
                 by_normalizer.setdefault(normalizer, []).append(ratio)
     radii = {row.layer: row.radius for row in rows if row.radius is not None}

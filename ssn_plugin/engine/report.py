@@ -3,19 +3,45 @@
 import datetime
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mmengine.config import Config
 
 from ssn_plugin.analysis.history import HISTORY_FILE, History, read_history
 from ssn_plugin.analysis.importance_ratios import LayerRatios
-from ssn_plugin.analysis.output import whole_file
 from ssn_plugin.analysis.run_logs import RunLogs, read_run_logs
 from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.engine.preflight import InputError
 from ssn_plugin.engine.selection_sources import rows_of
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 REPORT_FILE = 'report.html'
+# Heading and text of each figure in the report.
+_CAPTIONS = {
+    'selection': (
+        'What each layer chose',
+        'Importance ratios of each layer, in the order of the network. A column of one colour is a '
+        'layer that is one normalizer.',
+    ),
+    'shares': (
+        'Shares',
+        'Importance ratio of each normalizer, averaged over the layers of a stage or of a kind.',
+    ),
+    'history': (
+        'From mixing to one normalizer',
+        'A layer is decided when its ratios are one-hot. Of three candidates the circle can '
+        'rule out one from radius 0.408 on, and leaves one alone at 0.816.',
+    ),
+    'simplex': (
+        'Paths in the simplex',
+        'Each layer starts near the centre, where it mixes all candidates, and is pushed '
+        'outwards by the growing circle, into a corner in the end.',
+    ),
+}
 
 
 def write_report(work_dir: Path, path: Path | None = None) -> Path:
@@ -81,16 +107,25 @@ def figure_images(work_dir: Path) -> Iterator[tuple[str, np.ndarray]]:
         Name and RGB image, uint8, (H, W, 3).
     """
     from ssn_plugin.analysis.figures import as_image
+
+    history = read_history(work_dir)
+    for name, figure in _figures(work_dir.resolve().name, history.rows(), history):
+        yield f'ssn_{name}', as_image(figure)
+
+
+def _figures(
+    title: str, rows: list[LayerRatios], history: History | None
+) -> Iterator[tuple[str, 'Figure']]:
+    """What the report and a visualizer show of the selection, each by its name."""
     from ssn_plugin.analysis.history_plots import has_triples, run_figure, simplex_figure
     from ssn_plugin.analysis.plots import selection_figure, share_figure
 
-    history = read_history(work_dir)
-    title = work_dir.resolve().name
-    yield 'ssn_selection', as_image(selection_figure(history.rows(), title))
-    yield 'ssn_shares', as_image(share_figure(history.rows(), title))
-    yield 'ssn_history', as_image(run_figure(history, title))
-    if has_triples(history):
-        yield 'ssn_simplex', as_image(simplex_figure(history, title))
+    yield 'selection', selection_figure(rows, title)
+    yield 'shares', share_figure(rows, title)
+    if history:
+        yield 'history', run_figure(history, title)
+        if has_triples(history):
+            yield 'simplex', simplex_figure(history, title)
 
 
 def _config_file(work_dir: Path) -> Path | None:
@@ -110,7 +145,7 @@ def _read_config(path: Path) -> Config | None:
 
 
 def _status(work_dir: Path, history: History | None, logs: RunLogs) -> str:
-    parts = [str(work_dir.resolve().name)]
+    parts = [work_dir.resolve().name]
     if history:
         done, total = history.lines[-1]['iter'], history.about.get('max_iters')
         if total and done >= total:
@@ -118,8 +153,7 @@ def _status(work_dir: Path, history: History | None, logs: RunLogs) -> str:
         else:
             parts.append(f'at iteration {done}' + (f' of {total}' if total else ''))
     if logs.starts:
-        started = _time(logs.starts[0])
-        parts.append(f'started {started}')
+        parts.append(f'started {_time(logs.starts[0])}')
         if len(logs.starts) > 1:
             parts.append(f'resumed {len(logs.starts) - 1} times, last {_time(logs.starts[-1])}')
     parts.append(f'report of {datetime.datetime.now():%Y-%m-%d %H:%M}')
@@ -153,35 +187,10 @@ def _headlines(
 def _pictures(title: str, rows: list[LayerRatios], history: History | None, logs: RunLogs):
     from ssn_plugin.analysis.curves import curves_figure
     from ssn_plugin.analysis.figures import as_svg
-    from ssn_plugin.analysis.history_plots import has_triples, run_figure, simplex_figure
-    from ssn_plugin.analysis.plots import selection_figure, share_figure
     from ssn_plugin.analysis.report_page import Picture
 
-    yield Picture(
-        'What each layer chose',
-        'Importance ratios of each layer, in the order of the network. A column of one colour is a '
-        'layer that is one normalizer.',
-        as_svg(selection_figure(rows, title)),
-    )
-    yield Picture(
-        'Shares',
-        'Importance ratio of each normalizer, averaged over the layers of a stage or of a kind.',
-        as_svg(share_figure(rows, title)),
-    )
-    if history:
-        yield Picture(
-            'From mixing to one normalizer',
-            'A layer is decided when its ratios are one-hot. Of three candidates the circle can '
-            'rule out one from radius 0.408 on, and leaves one alone at 0.816.',
-            as_svg(run_figure(history, title)),
-        )
-        if has_triples(history):
-            yield Picture(
-                'Paths in the simplex',
-                'Each layer starts near the centre, where it mixes all candidates, and is pushed '
-                'outwards by the growing circle, into a corner in the end.',
-                as_svg(simplex_figure(history, title)),
-            )
+    for name, figure in _figures(title, rows, history):
+        yield Picture(*_CAPTIONS[name], as_svg(figure))
     curves = curves_figure(logs, title)
     if curves is not None:
         yield Picture('Training', 'What mmengine logged.', as_svg(curves))

@@ -10,14 +10,19 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from ssn_plugin.analysis.figures import new_figure, normalizer_legend, normalizer_style
+from ssn_plugin.analysis.figures import (
+    new_figure,
+    normalizer_legend,
+    normalizer_style,
+    save_both,
+)
 from ssn_plugin.analysis.places import place_of
 from studies.ledger import read
-from studies.tables import markdown, save, spread
+from studies.small_batches.analyze import BATCHES
+from studies.tables import markdown, spread
 
 CANDIDATES = ('IN', 'LN', 'BN')
 NORMS = ('SN', 'SSN', 'SSN-radius0')
-BATCHES = (32, 8, 2)
 SHUFFLES = 10000
 Choice = dict[str, str]  # a row of selections.csv
 
@@ -226,7 +231,7 @@ def main() -> None:
         )
         seeds = ', '.join(sorted({row['seed'] for row in own}))
         title = f'What is chosen, size {size}, seeds {seeds} together'
-        save(share_figure(own, title), args.out, f'shares_{size}')
+        save_both(share_figure(own, title), args.out, f'shares_{size}')
 
 
 if __name__ == '__main__':

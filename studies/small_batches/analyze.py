@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ssn_plugin.analysis.figures import new_figure
+from ssn_plugin.analysis.figures import new_figure, save_both
 from studies.ledger import read
-from studies.tables import markdown, save, spread, verdict
+from studies.tables import markdown, spread, verdict
 
 NORMS = ('BN', 'GN', 'SN', 'SSN', 'SSN-radius0')
 BATCHES = (32, 8, 2)
@@ -147,7 +147,7 @@ def main() -> None:
         print(f'train loss over the last epoch:\n\n{accuracy_table(results, "train_loss", 2)}\n')
         print(f'{verdict_table(results)}\n')
         title = f'Small batches, size {size}, {epochs} epochs\none mark per seed, line: mean'
-        save(accuracy_figure(results, title), args.out, f'top1_{size}')
+        save_both(accuracy_figure(results, title), args.out, f'top1_{size}')
 
 
 if __name__ == '__main__':

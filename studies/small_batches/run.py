@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from ssn_plugin.analysis.comparison import common_name
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
 from ssn_plugin.engine.class_folders import check_class_folders
 from ssn_plugin.engine.preflight import InputError, check_data, load_config
@@ -27,9 +28,8 @@ from studies.ledger import (
     work_through,
 )
 from studies.pieces import BudgetSpentError, PieceHook
+from studies.small_batches.analyze import BATCHES, NORMS
 
-NORMS = ('BN', 'GN', 'SN', 'SSN', 'SSN-radius0')
-BATCHES = (32, 8, 2)
 SEEDS = (0, 1, 2)
 # 2 to 16 channels per group, as GN has with its 32 groups in a ResNet-18 of full width.
 SIZES = {
@@ -152,7 +152,7 @@ def choices(run: Row, ratios: Sequence[LayerRatios]) -> list[Row]:
     return [
         {
             **run,
-            'layer': row.layer.removeprefix('backbone.'),
+            'layer': common_name(row.layer),
             'statistic': statistic,
             **{name: f'{value:.4f}' for name, value in row.ratios(statistic).items()},
         }

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ssn_plugin.analysis.figures import new_figure
+from ssn_plugin.analysis.figures import new_figure, save_both
 from studies.ledger import read
 from studies.small_batches.analyze import BATCHES, MARGIN, STYLE, Results
-from studies.tables import markdown, save, spread, verdict
+from studies.tables import markdown, spread, verdict
 
 OTHERS = ('SN', 'SSN-radius0')
 EXACT = 1e-5  # see README.md
@@ -131,7 +131,7 @@ def main() -> None:
         own = [row for row in rows if row['size'] == size]
         print(f'size {size}\n\n{training_table(results)}\n\n{collapse_table(own)}\n')
         title = f'SSN minus what stays mixed, size {size}\none mark per seed, grey: no difference'
-        save(sparsity_figure(results, title), args.out, f'difference_{size}')
+        save_both(sparsity_figure(results, title), args.out, f'difference_{size}')
 
 
 if __name__ == '__main__':

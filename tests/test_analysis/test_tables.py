@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from ssn_plugin.analysis.importance_ratios import LayerRatios
-from ssn_plugin.analysis.output import whole_file
 from ssn_plugin.analysis.tables import records, selection_table, write_csv, write_json
+from ssn_plugin.checkpoint.whole_file import whole_file
 
 ROWS = [
     LayerRatios('sn1', ('IN', 'LN', 'BN'), (0.2, 0.5, 0.3), (0, 0, 1.0), 0.5, False, True, 64),

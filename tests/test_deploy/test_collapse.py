@@ -270,9 +270,6 @@ def test_choices_for_what_is_no_ssn():
         replace_ssn(model, {'x': ('BN', 'BN')})
 
 
-# Whole networks
-
-
 def test_native_differs_as_said():
     layer = decided('LN', correction=1).double().eval()
     x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64)

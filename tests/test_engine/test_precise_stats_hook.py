@@ -3,8 +3,6 @@
 import contextlib
 import copy
 import math
-import multiprocessing
-import os
 from pathlib import Path
 
 import precise_stats_ranks
@@ -13,6 +11,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
+from processes import run_processes
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -155,29 +154,13 @@ def test_a_failing_forward_leaves_the_model_as_it_was():
 
 
 def test_average_over_two_processes(tmp_path):
-    context = multiprocessing.get_context('forkserver')
-    before = os.environ.get('PYTHONPATH', '')
-    support = str(Path(precise_stats_ranks.__file__).parent)
-    os.environ['PYTHONPATH'] = os.pathsep.join([support, before])
-    try:
-        context.set_forkserver_preload(['precise_stats_ranks'])
-        queue = context.Queue()
-        arguments = [(rank, str(tmp_path / 'store'), queue) for rank in range(2)]
-        ranks = [context.Process(target=precise_stats_ranks.run, args=a) for a in arguments]
-        for rank in ranks:
-            rank.start()
-        found = dict(queue.get(timeout=60) for _ in ranks)
-        for rank in ranks:
-            rank.join()
-            assert rank.exitcode == 0
-    finally:
-        os.environ['PYTHONPATH'] = before
+    ours, other = run_processes(precise_stats_ranks.averages, 2, tmp_path)
     model = precise_stats_ranks.network()
     both = precise_stats_ranks.batches_of(0) + precise_stats_ranks.batches_of(1)
     expected = list(brute_force(model, both).values())
-    assert found[0] == found[1]
-    for numbers, values in zip(found[0], expected, strict=True):
-        torch.testing.assert_close(torch.tensor(numbers), values.float(), rtol=1e-5, atol=1e-6)
+    for mine, theirs, values in zip(ours, other, expected, strict=True):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, values.float(), rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- in a run
@@ -199,10 +182,7 @@ class Watch(Hook):
     priority = 'LOWEST'
 
     def __init__(self):
-        self.seen, self.around = [], []
-
-    def before_val(self, runner):
-        self.around.append(None)
+        self.seen = []
 
     def before_val_epoch(self, runner):
         self.seen.append((runner.iter, copy.deepcopy(runner.model)))

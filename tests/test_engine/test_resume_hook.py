@@ -169,7 +169,6 @@ def test_a_seed_that_was_drawn_comes_back_with_the_order_of_the_data(make_runner
 
 
 def test_a_sampler_with_a_seed_of_its_own_keeps_it(make_runner):
-    runner = make_runner(hooks=[RADIUS, RESUME])
     sampler = dict(type='InfiniteSampler', shuffle=True, seed=77)
     loader = dict(
         dataset=dict(type='ToyImages'),

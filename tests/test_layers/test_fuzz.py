@@ -263,30 +263,20 @@ def check_case(layout: dict, arguments: dict, state: dict, seed: int) -> None:
     lost = condition + condition**2 * 2.0**-52 / spacing[0]
     check_close(y, expected.detach(), spacing, lost, 'y')
 
-    leaves = [
-        v for v in (values, weight, bias, control_p, control_q) if v is not None and v.requires_grad
-    ]
     found_of = dict(
-        zip(
-            ('dx', 'dweight', 'dbias', 'dmean', 'dvar'),
-            (
-                leaf.grad,
-                gradients.get('weight'),
-                gradients.get('bias'),
-                gradients['mean_weight'],
-                gradients['var_weight'],
-            ),
-            strict=True,
-        )
+        dx=leaf.grad,
+        dweight=gradients.get('weight'),
+        dbias=gradients.get('bias'),
+        dmean=gradients['mean_weight'],
+        dvar=gradients['var_weight'],
     )
-    wanted = [
-        name
-        for name, v in zip(found_of, (values, weight, bias, control_p, control_q), strict=True)
-        if v is not None
-    ]
-    theirs = torch.autograd.grad(expected, leaves, upstream.double(), allow_unused=True)
+    sources = (values, weight, bias, control_p, control_q)
+    leaves = {n: v for n, v in zip(found_of, sources, strict=True) if v is not None}
+    theirs = torch.autograd.grad(
+        expected, list(leaves.values()), upstream.double(), allow_unused=True
+    )
     size = math.sqrt(x.numel())
-    for name, gradient in zip(wanted, theirs, strict=True):
+    for name, gradient in zip(leaves, theirs, strict=True):
         if gradient is None:
             gradient = torch.zeros_like(found_of[name], dtype=torch.float64)
         steep = rstd * size if name == 'dx' else size

@@ -15,12 +15,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         path: File to write; its folder exists.
 
     Yields:
-        The temporary name, of the same suffix.
+        The temporary name, which ends in .tmp.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
-        >>> from ssn_plugin.analysis.output import whole_file
+        >>> from ssn_plugin.checkpoint.whole_file import whole_file
         >>> folder = Path(tempfile.mkdtemp())
         >>> with whole_file(folder / 'a.txt') as temporary:
         ...     _ = temporary.write_text('whole')
@@ -28,7 +28,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}.', suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     os.close(handle)
     temporary = Path(name)
     try:
