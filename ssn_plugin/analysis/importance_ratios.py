@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssn_plugin.analysis.places import Place, place_of
 from ssn_plugin.checkpoint.candidates import candidate_names
 from ssn_plugin.checkpoint.layout import norm_layers
-from ssn_plugin.functional import sparsestmax
+from ssn_plugin.checkpoint.selection import ratios_in
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.layers.switchable import SwitchableNorm
 
@@ -131,17 +131,11 @@ def importance_ratios_of_state(
         radius = None
         if kind == 'SSN':
             radius = float(state.get(f'{name}.radius', torch.zeros(())))
-        ratios, fixed = [], []
-        for statistic in STATISTICS:
-            control = state[f'{name}.{statistic}_weight'].detach().cpu().float().flatten()
-            fixed.append(kind == 'SSN' and bool(state[f'{name}.{statistic}_fixed'].any()))
-            if kind == 'SN':
-                values = control.softmax(-1)
-            elif fixed[-1]:
-                values = nn.functional.one_hot(control.argmax(), len(control))
-            else:
-                values = sparsestmax(control, radius)
-            ratios.append(tuple(map(float, values.tolist())))
+        ratios = [tuple(ratios_in(state, name, statistic, kind)) for statistic in STATISTICS]
+        fixed = [
+            kind == 'SSN' and bool(state[f'{name}.{statistic}_fixed'].any())
+            for statistic in STATISTICS
+        ]
         names = candidate_names(state, name, len(ratios[0]), configured)
         channels = state[f'{name}.weight'].numel()
         rows.append(LayerRatios(name, names, *ratios, radius, *fixed, channels))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.candidates import candidate_names
 from ssn_plugin.checkpoint.layout import norm_layers
@@ -49,7 +49,7 @@ def selections(
         if kind in ('SSN', 'SN'):
             found[name] = Selection(
                 *(
-                    _choice(state, f'{name}.{statistic}', kind, normalizers)
+                    _choice(state, name, statistic, kind, normalizers)
                     for statistic in ('mean', 'var')
                 )
             )
@@ -73,18 +73,33 @@ def histogram(selected: Mapping[str, Selection]) -> dict[str, int]:
     return dict(names.most_common())
 
 
-def _choice(
-    state: Mapping[str, Tensor], name: str, kind: str, normalizers: Sequence[str] | None
-) -> str | None:
+def ratios_in(state: Mapping[str, Tensor], layer: str, statistic: str, kind: str) -> list[float]:
+    """Importance ratios of one statistic of a layer.
+
+    Args:
+        state: State dict.
+        layer: Name of the layer.
+        statistic: 'mean' or 'var'.
+        kind: 'SSN' or 'SN', of :func:`ssn_plugin.checkpoint.layout.norm_layers`.
+    """
+    control = state[f'{layer}.{statistic}_weight'].detach().cpu().float().flatten()
     if kind == 'SN':
-        return None  # a softmax is never one-hot
-    layer = name.rpartition('.')[0]
-    control = state[f'{name}_weight'].float().flatten()
+        return control.softmax(-1).tolist()
+    if state[f'{layer}.{statistic}_fixed'].any():
+        return nn.functional.one_hot(control.argmax(), len(control)).float().tolist()
+    radius = state.get(f'{layer}.radius', torch.zeros(()))
+    return sparsestmax(control, float(radius)).tolist()
+
+
+def _choice(
+    state: Mapping[str, Tensor],
+    layer: str,
+    statistic: str,
+    kind: str,
+    normalizers: Sequence[str] | None,
+) -> str | None:
+    ratios = ratios_in(state, layer, statistic, kind)
+    if kind == 'SN' or 1.0 not in ratios:  # what a softmax rounds to is no choice
+        return None
     known = {len(normalizers): normalizers} if normalizers else None
-    names = candidate_names(state, layer, len(control), known)
-    if int(state[f'{name}_fixed']) == 0:
-        radius = state.get(f'{layer}.radius', torch.zeros(()))
-        control = sparsestmax(control, float(radius))
-        if control.amax() < 1:
-            return None
-    return names[int(control.argmax())]
+    return candidate_names(state, layer, len(ratios), known)[ratios.index(1.0)]

@@ -12,7 +12,7 @@ from ssn_plugin.checkpoint.layout import backbone_of, norm_layers, shown
 from ssn_plugin.functional import check_normalizers
 
 BN_RATIO = 0.9
-NORMALIZERS = ('IN', 'LN', 'BN')
+CANDIDATES = ('IN', 'LN', 'BN')
 # The stem of ResNets with BatchNorm pools with padding 1; that of the SSN release with none.
 STEM_PADDING = 1
 
@@ -22,7 +22,7 @@ def batch_norm_to_ssn(
     path: str,
     bn_ratio: float = BN_RATIO,
     fix: bool = False,
-    normalizers: Sequence[str] = NORMALIZERS,
+    normalizers: Sequence[str] = CANDIDATES,
 ) -> OrderedDict[str, Tensor]:
     r"""The ResNet of a state dict with BatchNorm as one with SSN.
 

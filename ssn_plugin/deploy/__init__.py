@@ -1,4 +1,4 @@
-"""After training: every SSN becomes the normalizer it chose, is folded away or exported."""
+"""After training: every SSN becomes the normalizer it chose."""
 
 from ssn_plugin.deploy.collapse import collapse_ssn
 

@@ -23,8 +23,6 @@ _TORCH_LAYERS = (
     (SSN, BatchNorm, InstanceNorm2d),
 )
 
-Choices = dict[str, tuple[str, str]]
-
 
 def collapse_ssn(model: nn.Module, native: bool = False, keep_undecided: bool = False) -> nn.Module:
     """Replace every decided SSN of a model by the normalizer that it chose.
@@ -74,7 +72,7 @@ def collapse_ssn(model: nn.Module, native: bool = False, keep_undecided: bool = 
     return replace_ssn(model, choices_of(model, keep_undecided), native)
 
 
-def choices_of(model: nn.Module, keep_undecided: bool = False) -> Choices:
+def choices_of(model: nn.Module, keep_undecided: bool = False) -> dict[str, tuple[str, str]]:
     """Name of every decided SSN -> the normalizers of its mean and of its variance.
 
     Args:

@@ -6,7 +6,7 @@ file or address behind the prefix, converted while it is loaded.
 
 from ssn_plugin.checkpoint.files import weights_in
 from ssn_plugin.checkpoint.warm_start import (
-    NORMALIZERS,
+    CANDIDATES,
     STEM_PADDING,
     batch_norm_to_ssn,
     switch_norm_to_ssn,
@@ -29,7 +29,7 @@ def load_from_bn2ssn(filename: str, map_location: object = None) -> dict:
     """
     source = filename.removeprefix('bn2ssn://')
     state = batch_norm_to_ssn(weights_in(load_checkpoint(source), source), source)
-    meta = {'stem_padding': STEM_PADDING, 'normalizers': list(NORMALIZERS)}
+    meta = {'stem_padding': STEM_PADDING, 'normalizers': list(CANDIDATES)}
     return {'meta': meta, 'state_dict': state}
 
 

@@ -178,7 +178,7 @@ def _run(script: Path, arguments: list[str]) -> None:
         runpy.run_path(str(script), run_name='__main__')
         leave_processes()
     except CheckpointError as error:
-        # Only the built backbone shows that a file does not fill it.
+        # Weights that do not fill the built backbone; a checkpoint that cannot be written.
         raise InputError(str(error)) from error
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from mmengine.dataset import DefaultSampler
@@ -141,7 +142,7 @@ class PreciseStatsHook(Hook):
         start = time.perf_counter()
         loader = _loader_like(runner.train_dataloader, runner.seed, runner.iter)
         batches = min(self.num_batches, len(loader))
-        with preserved_generators(), torch.random.fork_rng(), torch.no_grad():
+        with preserved_generators(), torch.random.fork_rng():
             seed_iteration(runner.seed, runner.iter)
 
             def forward(batch: dict | tuple | list) -> None:
@@ -152,9 +153,7 @@ class PreciseStatsHook(Hook):
                     else:
                         model(*data, mode='loss')
 
-            before, unused = replace_statistics(
-                model, forward, (batch for batch, _ in zip(loader, range(batches), strict=False))
-            )
+            before, unused = replace_statistics(model, forward, islice(loader, batches))
         runner.logger.info(
             f'PreciseStatsHook: {len(before) // 2} layers, {batches} batches, '
             f'{time.perf_counter() - start:.1f} s'

@@ -40,7 +40,6 @@ def versions() -> dict[str, str]:
             except PackageNotFoundError:
                 continue
     found['device'] = _device()
-
     return found
 
 

@@ -254,26 +254,23 @@ def row_gradients(
     offset_terms, slope_terms, products = [], [], []
     dmean, dvar = {}, {}
     for k, name in enumerate(settings.normalizers):
-        fixed = constant and name == 'BN'
-        size = 1 if fixed else pool_size(name, shape, settings.num_groups)
+        given = constant and name == 'BN'
+        varies = not given or shared is not None
+        size = 1 if given else pool_size(name, shape, settings.num_groups)
+        weight = -1.0 if given else -1 / (size * length)
         ratio = mean_ratios.values[k]
-        if fixed:
-            if shared is not None and k in mean_ratios.active:
-                offset_terms.append((ratio, -1.0, shared.mean))
-        elif k in mean_ratios.active:
-            pooled = pool_total(grad_mean, name, settings.num_groups)
-            offset_terms.append((ratio, -1 / (size * length), pooled))
+        if k in mean_ratios.active and varies:
+            total = shared.mean if given else pool_total(grad_mean, name, settings.num_groups)
+            offset_terms.append((ratio, weight, total))
         if k in mean_ratios.moving:
             dmean[k] = _dot(mixed.deviations[k], grad_mean, ratio, 1.0)
         ratio = var_ratios.values[k]
         if k in var_ratios.active:
             pooled = pool_total(grad_var, name, settings.num_groups)
-            if not fixed:
-                slope_terms.append((ratio, -1 / (size * length), pooled))
-            elif shared is not None:
-                slope_terms.append((ratio, -1.0, shared.var))
-            if (not fixed or shared is not None) and mixed.deviations[k] is not None:
-                products.append((*slope_terms[-1], mixed.deviations[k]))
+            if varies:
+                slope_terms.append((ratio, weight, shared.var if given else pooled))
+                if mixed.deviations[k] is not None:
+                    products.append((*slope_terms[-1], mixed.deviations[k]))
             if k in var_ratios.moving:
                 # A statistic that rows share meets the sum of their gradients.
                 other = grad_var if name in ('IN', 'GN') else pooled

@@ -112,10 +112,10 @@ def switchable_norm(
         group: Processes over whose batches together 'BN' takes its statistics, in training. All of
             them must come here, with an empty x too.
     """
-    if group is not None and not _needs_batch(
-        mean_control, var_control, ratio_map, selection, settings
-    ):
-        group = None
+    ratios = None
+    if group is not None:
+        ratios = host_ratios(mean_control, var_control, ratio_map, selection)
+        group = group if _needs_batch(*ratios, settings) else None
     if x.numel() == 0 and group is None:
         return _empty_result(x, mean_control, var_control, weight, bias)
     if 'BN' not in settings.normalizers:
@@ -137,7 +137,7 @@ def switchable_norm(
             (None, None) if selection is None else selection.known(),
             settings,
         )
-    mean, var = host_ratios(mean_control, var_control, ratio_map, selection)
+    mean, var = ratios or host_ratios(mean_control, var_control, ratio_map, selection)
     if mean is None or var is None:
         mean_ratios, var_ratios = mean_control, var_control
         if ratio_map != 'given':
@@ -149,17 +149,10 @@ def switchable_norm(
     if isinstance(momentum, Tensor) and readable(momentum):
         momentum = momentum.item()
 
-    choice, tracks, kind = _only_choice(mean, var, settings), False, None
-    if running_mean is not None and training:
-        # Once others than 'BN' are frozen nobody will read its running statistics.
-        bn = settings.normalizers.index('BN')
-        frozen = mean.frozen and var.frozen
-        tracks = not frozen or bn in mean.active or bn in var.active
-    if group is not None:
-        pass  # no operator of ATen shares statistics
-    elif choice is not None and (
-        not tracks or (choice == 'BN' and not isinstance(momentum, Tensor))
-    ):
+    choice, kind = _only_choice(mean, var, settings), None
+    tracks = running_mean is not None and training and _needs_batch(mean, var, settings)
+    alone = not tracks or (choice == 'BN' and not isinstance(momentum, Tensor))
+    if choice is not None and alone and group is None:  # no operator of ATen shares statistics
         constant = running_mean is not None and not training
         kind = native.kind_of(x, choice, settings, constant)
     if training and not tracks:
@@ -176,15 +169,8 @@ def switchable_norm(
     )
 
 
-def _needs_batch(
-    mean_control: Tensor,
-    var_control: Tensor,
-    ratio_map: str,
-    selection: Selection | None,
-    settings: Settings,
-) -> bool:
+def _needs_batch(mean: Ratios | None, var: Ratios | None, settings: Settings) -> bool:
     """Whether anybody needs the statistics of 'BN', now or for evaluation."""
-    mean, var = host_ratios(mean_control, var_control, ratio_map, selection)
     if mean is None or var is None or not (mean.frozen and var.frozen):
         return 'BN' in settings.normalizers
     return takes_part('BN', mean, var, settings)

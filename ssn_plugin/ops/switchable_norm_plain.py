@@ -38,18 +38,18 @@ def switchable_norm(
     # (N, C, S), so that one set of operators serves every number of dimensions.
     rows = (x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)).to(dtype)
     running = None if running_mean is None else Moments(running_mean, running_var)
-    takes_part = [
+    from_rows = [
         name
         for name, *ratios in zip(settings.normalizers, mean_ratios, var_ratios, strict=True)
         if any(ratios) and not (name == 'BN' and running is not None)
     ]
-    moments = _row_moments(rows, settings.correction) if takes_part else None
+    moments = _row_moments(rows, settings.correction) if from_rows else None
     mean, var = 0.0, settings.eps
     for name, mean_ratio, var_ratio in zip(
         settings.normalizers, mean_ratios, var_ratios, strict=True
     ):
         if mean_ratio or var_ratio:
-            found = running if name not in takes_part else _pooled(moments, name, settings)
+            found = running if name not in from_rows else _pooled(moments, name, settings)
             mean = mean + mean_ratio * found.mean.to(dtype) if mean_ratio else mean
             var = var + var_ratio * found.var.to(dtype) if var_ratio else var
     scale = torch.rsqrt(var)
