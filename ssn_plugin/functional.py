@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -90,6 +90,27 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
     return SparsestMaxFunction.apply(z.movedim(dim, -1), radius).movedim(-1, dim)
 
 
+def check_layer(num_features: int, eps: float, momentum: float | None, correction: int) -> None:
+    """Raise ValueError if an argument that all layers have is out of its range."""
+    whole = isinstance(num_features, Integral) and not isinstance(num_features, bool)
+    if not whole or num_features < 1:
+        raise ValueError(f'num_features: got {num_features!r}, expected a positive integer')
+    if not isinstance(eps, Real) or not eps >= 0:
+        raise ValueError(f'eps: got {eps!r}, expected a number of at least 0')
+    if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
+        raise ValueError(f'momentum: got {momentum!r}, expected None or a number in [0, 1]')
+    if not isinstance(correction, Integral) or correction not in (0, 1):
+        raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
+
+
+def check_groups(num_groups: int, num_features: int) -> None:
+    """Raise ValueError if 'GN' cannot have so many groups."""
+    if not isinstance(num_groups, Integral) or num_groups < 1 or num_features % num_groups:
+        raise ValueError(
+            f'num_groups: got {num_groups!r}, expected a divisor of num_features={num_features}'
+        )
+
+
 def check_normalizers(
     normalizers: Sequence[str], num_features: int, num_groups: int
 ) -> tuple[str, ...]:
@@ -102,11 +123,8 @@ def check_normalizers(
         raise ValueError(
             f'normalizers: got {tuple(normalizers)!r}, expected at least 2 different names'
         )
-    divides = isinstance(num_groups, Integral) and num_groups > 0 and num_features % num_groups == 0
-    if 'GN' in normalizers and not divides:
-        raise ValueError(
-            f'num_groups: got {num_groups}, expected a divisor of num_features={num_features}'
-        )
+    if 'GN' in normalizers:
+        check_groups(num_groups, num_features)
     return tuple(normalizers)
 
 

@@ -147,10 +147,12 @@ def _lock(folder: Path, wait: bool) -> Iterator[bool]:
     # The folder itself is locked, so no lock file stays behind.
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield True
-    except BlockingIOError:
-        yield False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine  # outside of that try: the caller may meet a BlockingIOError of its own
     finally:
         os.close(handle)
 

@@ -84,6 +84,13 @@ def test_a_killed_run_has_no_row_and_is_free_again(tmp_path):
     assert (tmp_path / 'executed').read_text().split() == ['1']
 
 
+def test_an_error_of_the_work_itself_comes_through(tmp_path):
+    with pytest.raises(BlockingIOError, match='a pipe is full'), ledger.claimed(tmp_path / 'work'):
+        raise BlockingIOError('a pipe is full')
+    with ledger.claimed(tmp_path / 'work') as mine:  # and the claim has ended
+        assert mine
+
+
 def test_budget(tmp_path):
     def never(run, work_dir):
         raise AssertionError

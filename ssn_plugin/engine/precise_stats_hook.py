@@ -1,6 +1,7 @@
 """PreciseStatsHook: BN running statistics of the weights as they are, over many batches."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -141,8 +142,10 @@ class PreciseStatsHook(Hook):
         """Replace the statistics of a model; returns its buffers that changed, as they were."""
         start = time.perf_counter()
         loader = _loader_like(runner.train_dataloader, runner.seed, runner.iter)
-        batches = min(self.num_batches, len(loader))
-        with preserved_generators(), torch.random.fork_rng():
+        batches = min(self.num_batches, _full_batches(loader))
+        # Without devices given it would touch every GPU of the machine.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with preserved_generators(), torch.random.fork_rng(devices):
             seed_iteration(runner.seed, runner.iter)
 
             def forward(batch: dict | tuple | list) -> None:
@@ -173,14 +176,18 @@ def _averaged_models(runner) -> Iterator[nn.Module]:
 
 
 def _loader_like(loader: DataLoader, seed: int, iteration: int) -> DataLoader:
-    """Batches as those of a loader, in an order of their own."""
-    sampler = DefaultSampler(loader.dataset, shuffle=True, seed=seed)
+    """Batches as those of a loader, in an order of their own; the full ones come first."""
+    # How samples are seeded is written into the data set; that of the training is left alone.
+    dataset = copy.copy(loader.dataset)
+    sampler = DefaultSampler(dataset, shuffle=True, seed=seed)
     sampler.set_epoch(iteration)
     batches = loader.batch_sampler
     size = min(batches.batch_size, len(sampler))
     ours = DataLoader(
-        loader.dataset,
-        batch_sampler=type(batches)(sampler, batch_size=size, drop_last=True),
+        dataset,
+        # Not dropped here: mmdet's sampler drops batches of mixed shape too, and so not as many in
+        # every process.
+        batch_sampler=type(batches)(sampler, batch_size=size, drop_last=False),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
@@ -188,6 +195,11 @@ def _loader_like(loader: DataLoader, seed: int, iteration: int) -> DataLoader:
     )
     seed_samples(ours, seed)
     return ours
+
+
+def _full_batches(loader: DataLoader) -> int:
+    """With how many full batches a loader begins at least; the same number in every process."""
+    return len(loader.batch_sampler.sampler) // loader.batch_sampler.batch_size
 
 
 def _statistics(model: nn.Module) -> Iterator[Tensor]:

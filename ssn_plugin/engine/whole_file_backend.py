@@ -22,7 +22,8 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
         content: What it is to hold.
 
     Raises:
-        OSError: If it cannot be written; then nothing is left behind.
+        OSError: If it cannot be written or the disk does not confirm it; then nothing incomplete is
+            left behind.
 
     Example:
         >>> import tempfile
@@ -39,17 +40,17 @@ def replace_file(path: str | os.PathLike, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too
+        finally:
+            os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):  # a full disk names no file
+        if isinstance(error, OSError):  # a full disk names none
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
 
 
 class WholeFileBackend(LocalBackend):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ssn_plugin.functional import check_groups, check_layer
+from ssn_plugin.layers.recomputation import recomputes
 from ssn_plugin.ops.ratio_maps import Selection
 from ssn_plugin.ops.statistics import NORMALIZERS, Settings
 from ssn_plugin.ops.switchable_norm import switchable_norm
@@ -32,8 +34,7 @@ class SelectedNorm(nn.Module):
         correction: 0 for the paper's variances, 1 for those of the authors' release.
 
     Raises:
-        ValueError: If a source is unknown, ``num_groups`` does not divide C where 'GN' is one, or
-            ``correction`` is not 0 or 1.
+        ValueError: If an argument is out of its range; the message names it.
 
     Example:
         >>> import torch
@@ -58,18 +59,15 @@ class SelectedNorm(nn.Module):
         correction: int = 0,
     ) -> None:
         super().__init__()
+        check_layer(num_features, eps, momentum, correction)
         for name, source in (('mean_source', mean_source), ('var_source', var_source)):
             if source not in NORMALIZERS:
                 known = ', '.join(NORMALIZERS)
                 raise ValueError(f'{name}: got {source!r}, expected one of {known}')
         sources = (mean_source, var_source)
-        if 'GN' in sources and (num_groups < 1 or num_features % num_groups):
-            raise ValueError(
-                f'num_groups: got {num_groups}, expected a divisor of num_features={num_features}'
-            )
-        if correction not in (0, 1):
-            raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
-        self.num_features = num_features
+        if 'GN' in sources:
+            check_groups(num_groups, num_features)
+        self.num_features = int(num_features)
         self.mean_source = mean_source
         self.var_source = var_source
         self.eps = eps
@@ -118,29 +116,42 @@ class SelectedNorm(nn.Module):
             The shape and dtype of ``x``.
 
         Raises:
-            ValueError: If the number of dimensions or channels is not the layer's.
+            ValueError: If the number of dimensions or channels is not the layer's, or ``x`` is not
+                floating-point.
         """
-        statistics = (self.running_mean, self.running_var)
+        running_mean, running_var = self.running_mean, self.running_var
         if not self.training and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             return plain_switchable_norm(
-                x, *self._ratios, self.weight, self.bias, *statistics, self._settings
+                x,
+                *self._ratios,
+                self.weight,
+                self.bias,
+                running_mean,
+                running_var,
+                self._settings,
             )
         if not 2 <= x.dim() <= 5 or x.shape[1] != self.num_features:
             raise ValueError(
                 f'x: got shape {tuple(x.shape)}, expected (N, {self.num_features}, ...)'
             )
+        if not x.is_floating_point():
+            raise ValueError(f'x: got {x.dtype}, expected a floating-point tensor')
         momentum = self.momentum or 0.0
         if self.training and self.track_running_stats:
-            batches = self.num_batches_tracked.add_(1)
+            if recomputes():  # as in SwitchableNorm
+                running_mean, running_var = running_mean.clone(), running_var.clone()
+            else:
+                self.num_batches_tracked.add_(1)
             if self.momentum is None:
-                momentum = batches.to(self.running_mean.dtype).reciprocal()
+                momentum = self.num_batches_tracked.to(running_mean.dtype).reciprocal()
         return switchable_norm(
             x,
             self._mean_ratios,
             self._var_ratios,
             self.weight,
             self.bias,
-            *statistics,
+            running_mean,
+            running_var,
             self.training,
             momentum,
             'sparsestmax',

@@ -1,24 +1,16 @@
 """What SSN and its parent SN share: parameters, running statistics, input checks, state dict."""
 
 from collections.abc import Sequence
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.functional import check_normalizers
+from ssn_plugin.functional import check_layer, check_normalizers
+from ssn_plugin.layers.recomputation import recomputes
 from ssn_plugin.layers.small_batch import warn_of_one_sample
 from ssn_plugin.ops.ratio_maps import Selection, importance_ratios
 from ssn_plugin.ops.statistics import Settings
 from ssn_plugin.ops.switchable_norm import switchable_norm
-
-
-def _recomputes() -> bool:
-    """Whether gradient checkpointing runs a forward pass of this step once more.
-
-    It does so inside the backward pass. A compiled graph cannot ask.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class SwitchableNorm(nn.Module):
@@ -60,15 +52,7 @@ class SwitchableNorm(nn.Module):
         correction: int = 0,
     ) -> None:
         super().__init__()
-        whole = isinstance(num_features, Integral) and not isinstance(num_features, bool)
-        if not whole or num_features < 1:
-            raise ValueError(f'num_features: got {num_features!r}, expected a positive integer')
-        if not isinstance(eps, Real) or not eps >= 0:
-            raise ValueError(f'eps: got {eps!r}, expected a number of at least 0')
-        if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
-            raise ValueError(f'momentum: got {momentum!r}, expected None or a number in [0, 1]')
-        if not isinstance(correction, Integral) or correction not in (0, 1):
-            raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
+        check_layer(num_features, eps, momentum, correction)
         self.num_features = int(num_features)
         self.eps = eps
         self.momentum = momentum
@@ -175,7 +159,7 @@ class SwitchableNorm(nn.Module):
         momentum, group = self.momentum or 0.0, self._group
         if self.training and running_mean is not None:
             batches = buffers['num_batches_tracked']
-            if _recomputes():
+            if recomputes():
                 # This batch is in them already. Copies rather than none: what is saved for backward
                 # must be what the first pass saved.
                 running_mean, running_var = running_mean.clone(), running_var.clone()

@@ -163,6 +163,25 @@ def test_replaced_or_as_before(tmp_path):
     assert path.read_bytes() == bytes(2000)
 
 
+def test_a_folder_whose_names_cannot_be_synced(tmp_path, monkeypatch):
+    """The error names the file, as any other does."""
+    folder = tmp_path / 'folder'
+    folder.mkdir()
+    folder.chmod(0o333)  # files may be made in it, but it may not be opened
+    monkeypatch.chdir(folder)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may do everything
+        with pytest.raises(PermissionError) as caught:
+            replace_file('file', b'first')
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+    assert caught.value.filename == 'file'
+    assert files_in(folder) == ['file']
+
+
 def test_permissions_are_those_of_any_new_file(tmp_path):
     (tmp_path / 'plain').write_bytes(b'')
     replace_file(tmp_path / 'ours', b'')

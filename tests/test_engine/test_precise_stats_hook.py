@@ -3,21 +3,24 @@
 import contextlib
 import copy
 import math
+from itertools import islice
 from pathlib import Path
 
 import precise_stats_ranks
 import pytest
 import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.registry import DATASETS, OPTIM_WRAPPERS
 from processes import run_processes
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ssn_plugin import SN, SSN, set_radius
 from ssn_plugin.engine.precise_stats_hook import (
     PreciseStatsHook,
+    _full_batches,
     _loader_like,
     replace_statistics,
 )
@@ -250,6 +253,66 @@ def test_validation_and_last_checkpoint_have_the_averages(make_runner, by_epoch,
         runner.model.state_dict().items(), plain.model.state_dict().values(), strict=True
     ):
         assert torch.equal(ours, theirs) == ('running' not in name), name
+
+
+class Disturbed(Dataset):
+    """A toy data set, every image with noise of its own."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        item = self.images[index]
+        return dict(item, inputs=item['inputs'] + torch.randn_like(item['inputs']))
+
+
+def test_training_goes_on_to_draw_its_noise(make_runner):
+    """Without SSNResumeHook too: how this hook seeds its samples is its own business."""
+    weights = []
+    for hooks in ([RADIUS], [RADIUS, PRECISE]):
+        dataset = Disturbed(DATASETS.build(dict(type='ToyImages')))
+        loader = DataLoader(dataset, 3, sampler=InfiniteSampler(dataset, seed=0))
+        settings = dict(train_cfg=dict(by_epoch=False, max_iters=12, val_interval=4))
+        runner = make_runner(hooks=hooks, train_dataloader=loader, validate=True, **settings)
+        runner.train()
+        weights.append(dict(runner.model.named_parameters()))
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+class Shapes(Dataset):
+    """Wide and high images in an order without order."""
+
+    def __init__(self, size):
+        self.wide = torch.rand(size) < 0.5
+
+    def __len__(self):
+        return len(self.wide)
+
+    def __getitem__(self, index):
+        return self.wide[index]
+
+    def get_data_info(self, index):
+        return dict(width=1 + int(self.wide[index]), height=2 - int(self.wide[index]))
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 3, 5])
+def test_every_process_has_as_many_batches(batch_size):
+    """However the images of each fall into mmdet's groups of like shape; SyncSSN would wait."""
+    pytest.importorskip('mmdet')
+    from mmdet.datasets.samplers import AspectRatioBatchSampler
+
+    for size in range(1, 25):
+        dataset = Shapes(size)
+        batches = AspectRatioBatchSampler(DefaultSampler(dataset, seed=0), batch_size)
+        loader = _loader_like(DataLoader(dataset, batch_sampler=batches), size, 0)
+        count = _full_batches(loader)
+        assert count == max(size // batch_size, 1)  # nothing of this depends on shapes
+        found = [len(batch) for batch in islice(loader, count)]
+        assert found == [min(batch_size, size)] * count
 
 
 def test_more_batches_than_there_are(make_runner):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin import SN, SSN, SelectedNorm, set_radius
 
 NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
 # Radius and first control parameters: a mixture, on the circle, one-hot by sparsemax and not yet
@@ -90,6 +90,22 @@ def test_large_inputs_and_the_softmax_parent(norm, memory_format):
             assert torch.equal(ours, theirs)
         for name, buffer in plain.named_buffers():
             assert torch.equal(checkpointed.get_buffer(name), buffer), name
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('pair', [('LN', 'BN'), ('BN', 'IN'), ('BN', 'BN')])
+def test_what_a_decided_layer_collapses_to(pair, momentum):
+    for plain, checkpointed in networks(SelectedNorm(6, *pair, momentum=momentum)):
+        for _ in range(3):
+            x, upstream = torch.randn(4, 3, 9, 11) * 2 + 1, torch.randn(4, 4, 5, 7)
+            for ours, theirs in zip(
+                step(checkpointed, x, upstream), step(plain, x, upstream), strict=True
+            ):
+                assert torch.equal(ours, theirs)
+        assert checkpointed.second[0].num_batches_tracked == 3
+        for name, buffer in plain.named_buffers():
+            assert torch.equal(checkpointed.get_buffer(name), buffer), name
+        assert plain.second[0].running_mean.abs().max() > 0
 
 
 def test_batch_norm_of_torch_updates_twice():

@@ -133,6 +133,10 @@ def test_without_batch_norm_nothing_is_tracked():
         ((6, 'XN', 'BN'), "mean_source: got 'XN', expected one of IN, LN, BN, GN"),
         ((6, 'LN', None), 'var_source: got None, expected one of'),
         ((6, 'LN', 'GN'), 'num_groups: got 32, expected a divisor of num_features=6'),
+        ((0, 'LN', 'BN'), 'num_features: got 0, expected a positive integer'),
+        ((6.0, 'LN', 'BN'), 'num_features: got 6.0, expected a positive integer'),
+        ((6, 'LN', 'BN', -1), 'eps: got -1, expected a number of at least 0'),
+        ((6, 'LN', 'BN', 1e-5, 2), r'momentum: got 2, expected None or a number in \[0, 1\]'),
     ],
 )
 def test_bad_arguments(arguments, said):
@@ -141,8 +145,14 @@ def test_bad_arguments(arguments, said):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match='correction: got 2'):
-        SelectedNorm(6, 'LN', 'BN', correction=2)
+    for correction in (2, 1.0, '1'):
+        with pytest.raises(ValueError, match=f'correction: got {correction!r}, expected 0 or 1'):
+            SelectedNorm(6, 'LN', 'BN', correction=correction)
+    for num_groups in ('a', 2.0, 0):
+        with pytest.raises(ValueError, match=f'num_groups: got {num_groups!r}, expected a divisor'):
+            SelectedNorm(6, 'GN', 'BN', num_groups=num_groups)
+    with pytest.raises(ValueError, match=r'x: got torch.int64, expected a floating-point tensor'):
+        SelectedNorm(6, 'LN', 'BN')(torch.ones(2, 6, 3, 3, dtype=torch.int64))
     for shape in ((6,), (2, 5, 3, 3)):
         with pytest.raises(ValueError, match='x: got shape'):
             SelectedNorm(6, 'LN', 'BN')(torch.randn(shape))
