@@ -17,6 +17,7 @@ from studies import ledger, tables  # noqa: E402
 from studies.selection import analyze as selection  # noqa: E402
 from studies.small_batches import analyze as small_batches  # noqa: E402
 from studies.small_batches import run as small_batches_run  # noqa: E402
+from studies.sparsity import analyze as sparsity  # noqa: E402
 
 FOREVER = ledger.Budget(float('inf'))
 
@@ -168,6 +169,17 @@ def test_tables_of_small_batches(results):
     judged = cells(small_batches.verdict_table(found))
     assert judged['SSN against BN'] == ['no difference seen', 'not yet run', 'higher']
     assert judged['SSN against SN'] == ['one seed', 'not yet run', 'not yet run']
+
+
+def test_seeds_are_paired_by_their_number(tmp_path):
+    top1 = {'SSN': {0: 40.0, 1: 50.0, 2: 60.0}, 'SN': {1: 48.0, 2: 61.0, 3: 10.0}}
+    for norm, values in top1.items():
+        for seed, value in values.items():
+            key = dict(size='cpu', norm=norm, batch=32, seed=seed)
+            ledger.record(tmp_path / 'results.csv', key, [{**key, 'top1': value}])
+    found = small_batches.Results(ledger.read(tmp_path / 'results.csv'), 'cpu')
+    assert sparsity.differences(found, 'SN', 32) == [2, -1]
+    assert sparsity.differences(found, 'SN', 8) == []
 
 
 @pytest.mark.parametrize('study', ['small_batches', 'selection', 'sparsity'])

@@ -1,7 +1,9 @@
 """The command-line tools that show what layers chose."""
 
 import csv
+from pathlib import Path
 
+import pytest
 import torch
 from released_files import released_file, released_state
 from tool_runs import run_here
@@ -86,3 +88,29 @@ def test_folder_that_cannot_be_made(tmp_path):
         assert err.startswith(f'{name}: ')
         assert 'Not a directory' in err
         assert err.count('\n') == 1
+
+
+def test_what_cannot_be_read_is_not_called_unwritable(tmp_path):
+    unreadable = Path('/proc/self/mem')  # a regular file whose reading is an error, for root too
+    if not unreadable.is_file():
+        pytest.skip('needs a /proc')
+    folder = work_dir(tmp_path / 'run', 4)
+    (folder / 'last_checkpoint').symlink_to(unreadable)
+    code, printed, err = run_here('analyze_selection.py', str(folder), '--out', str(tmp_path / 'o'))
+    assert (code, printed) == (1, '')
+    assert err == (
+        f'analyze_selection.py: {folder / "last_checkpoint"}: cannot read it: Input/output error\n'
+    )
+    logs = folder / '20260102_030405' / 'vis_data' / 'scalars.json'
+    logs.unlink()
+    logs.symlink_to(unreadable)
+    code, printed, err = run_here('report.py', str(folder))
+    assert (code, printed) == (1, '')
+    assert err == f'report.py: {folder}: cannot read all of it: Input/output error\n'
+    (folder / 'ratios.jsonl').unlink()
+    (folder / 'ratios.jsonl').symlink_to(unreadable)
+    for name in ('plot_ratio_history.py', 'report.py'):
+        code, printed, err = run_here(name, str(folder))
+        assert (code, printed) == (1, '')
+        assert err == f'{name}: {folder / "ratios.jsonl"}: cannot read it: Input/output error\n'
+    assert not (tmp_path / 'o').exists()

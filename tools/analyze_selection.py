@@ -48,6 +48,9 @@ def main() -> None:
             name: rows_of(source, args.allow_pickle)
             for name, source in zip(names, args.sources, strict=True)
         }
+    except (CheckpointError, InputError) as error:
+        sys.exit(f'analyze_selection.py: {error}')
+    try:
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
         # Into a file or a pipe no line is broken.
@@ -60,8 +63,6 @@ def main() -> None:
             return
         progress = partial(track, description='drawing', console=Console(stderr=True))
         written = write_selection(sources, args.out, progress)
-    except (CheckpointError, InputError) as error:
-        sys.exit(f'analyze_selection.py: {error}')
     except OSError as error:
         sys.exit(f'analyze_selection.py: --out: cannot write {error.filename}: {error.strerror}')
     for path in written:

@@ -39,7 +39,9 @@ def headline(found: Sequence[Difference]) -> str:
     """
     common = {difference.layer for difference in found if None not in difference.leading}
     differing = {difference.layer for difference in found if difference.differs}
-    return f'{len(differing)} of {len(common)} common layers prefer another normalizer'
+    said = f'{len(differing & common)} of {len(common)} common layers prefer another normalizer'
+    others = len(differing - common)  # of three models, two have them
+    return f'{said}, and {others} that not all have' if others else said
 
 
 def common_name(layer: str) -> str:

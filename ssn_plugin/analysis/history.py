@@ -173,15 +173,52 @@ def read_history(path: Path) -> History:
             f'{path}: no such file; SSNRatioHook writes it while a config with '
             "custom_hooks=[dict(type='SSNRatioHook')] trains"
         )
-    texts = path.read_text(errors='replace').splitlines()
-    contents = []
-    for number, text in enumerate(texts, 1):
-        try:
-            contents.append(json.loads(text))
-        except ValueError as error:
-            if number == len(texts) and number > 1:
-                break  # it is being written, or a kill cut it off
-            raise HistoryError(f'{path}: line {number} is no record of SSNRatioHook') from error
-    if not contents or not isinstance(contents[0], dict) or 'layers' not in contents[0]:
+    try:
+        texts = path.read_text(errors='replace').splitlines()
+    except OSError as error:
+        raise HistoryError(f'{path}: cannot read it: {error.strerror}') from error
+    first = _parsed(texts[0]) if texts else None
+    if not isinstance(first, dict) or not _are_layers(first.get('layers')):
         raise HistoryError(f'{path}: is no history of SSNRatioHook')
-    return History(contents[0]['layers'], contents[0].get('about', {}), contents[1:])
+    layers, about = first['layers'], first.get('about')
+    lines = []
+    for number, text in enumerate(texts[1:], 2):
+        line = _parsed(text)
+        if line is None and number == len(texts):
+            break  # it is being written, or a kill cut it off
+        if not _is_record(line, layers):
+            raise HistoryError(f'{path}: line {number} is no record of SSNRatioHook')
+        lines.append(line)
+    return History(layers, about if isinstance(about, dict) else {}, lines)
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _are_layers(value: object) -> bool:
+    names = {'layer', 'normalizers', 'channels', 'sparse'}
+    return isinstance(value, list) and all(isinstance(v, dict) and names <= v.keys() for v in value)
+
+
+def _is_record(line: object, layers: Sequence[Mapping]) -> bool:
+    """Whether a line has the state of each layer after some iteration."""
+    if not isinstance(line, dict) or not {'radius', 'decided', 'loss'} <= line.keys():
+        return False
+    flags, ratios = (
+        [line.get(f'{statistic}{what}') for statistic in STATISTICS] for what in ('_fixed', '')
+    )
+    return (
+        isinstance(line.get('iter'), int)
+        and all(
+            isinstance(values, list) and len(values) == len(layers) for values in flags + ratios
+        )
+        and all(
+            isinstance(own, list) and len(own) == len(layer['normalizers'])
+            for values in ratios
+            for own, layer in zip(values, layers, strict=True)
+        )
+    )

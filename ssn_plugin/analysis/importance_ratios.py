@@ -1,13 +1,13 @@
 """Importance ratios as rows, one per layer: of a model, or of a state dict without its model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssn_plugin.analysis.places import Place, place_of
-from ssn_plugin.checkpoint.candidates import candidate_names
+from ssn_plugin.checkpoint.candidates import Candidates, candidate_names
 from ssn_plugin.checkpoint.layout import norm_layers
 from ssn_plugin.checkpoint.selection import ratios_in
 from ssn_plugin.layers.ssn import SSN
@@ -27,7 +27,7 @@ class LayerRatios(NamedTuple):
         radius: Radius of an SSN, None for an SN.
         mean_fixed: Whether the ratios of the means are frozen.
         var_fixed: Whether the ratios of the variances are frozen.
-        channels: C.
+        channels: C, None where a state dict holds nothing of that size.
     """
 
     layer: str
@@ -107,14 +107,14 @@ def importance_ratios(model: nn.Module) -> list[LayerRatios]:
 
 @torch.no_grad()
 def importance_ratios_of_state(
-    state: Mapping[str, Tensor], configured: Mapping[int, Sequence[str]] | None = None
+    state: Mapping[str, Tensor], told: Candidates | None = None
 ) -> list[LayerRatios]:
     """One row per SSN and SN layer of a state dict, in its order; the model is not built.
 
     Args:
         state: State dict of this package, or of the authors' SSN and SN releases.
-        configured: Candidates by their number, of
-            :func:`ssn_plugin.checkpoint.candidates.configured_candidates`.
+        told: Candidates, where they are known: of
+            :func:`ssn_plugin.checkpoint.traits.told_candidates`.
 
     Example:
         >>> import torch
@@ -136,7 +136,8 @@ def importance_ratios_of_state(
             kind == 'SSN' and bool(state[f'{name}.{statistic}_fixed'].any())
             for statistic in STATISTICS
         ]
-        names = candidate_names(state, name, len(ratios[0]), configured)
-        channels = state[f'{name}.weight'].numel()
+        names = candidate_names(state, name, len(ratios[0]), told)
+        per_channel = (state.get(f'{name}.{key}') for key in ('weight', 'running_mean'))
+        channels = next((v.numel() for v in per_channel if v is not None), None)
         rows.append(LayerRatios(name, names, *ratios, radius, *fixed, channels))
     return rows

@@ -13,7 +13,8 @@ class RunLogs(NamedTuple):
     Attributes:
         train: Iteration -> names and values, in order.
         val: The same of validations, at the iteration before them.
-        starts: Names of the folders that the run, and each resumption of it, logged to.
+        starts: Names of the folders that the run, and each resumption of it, logged to. A training
+            that was begun anew in the same work dir is another run.
     """
 
     train: dict[int, dict[str, float]]
@@ -34,7 +35,6 @@ def read_run_logs(work_dir: Path) -> RunLogs:
     val: dict[int, dict[str, float]] = {}
     starts = []
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        starts.append(file.parts[-3])
         iteration = 0
         resumed = False
         for text in file.read_text(errors='replace').splitlines():
@@ -53,7 +53,7 @@ def read_run_logs(work_dir: Path) -> RunLogs:
                 continue
             if 'lr' not in values and 'loss' not in values:
                 # The step of a validation may be an epoch, or nothing.
-                if iteration or not starts[:-1]:
+                if iteration or not starts:
                     val[iteration] = values
                 continue
             iteration = int(line.get('step', line.get('iter', 0)))
@@ -61,5 +61,14 @@ def read_run_logs(work_dir: Path) -> RunLogs:
                 train = {i: v for i, v in train.items() if i < iteration}
                 val = {i: v for i, v in val.items() if i < iteration}
                 resumed = True
+                if starts and (not train or _begun_anew(file)):
+                    train, val, starts = {}, {}, []
+                starts.append(file.parts[-3])
             train[iteration] = values
     return RunLogs(train, val, starts)
+
+
+def _begun_anew(log: Path) -> bool:
+    """Whether the config that mmengine dumps beside the numbers says that it did not resume."""
+    config = log.with_name('config.py')
+    return config.is_file() and 'resume = False' in config.read_text(errors='replace').splitlines()

@@ -105,7 +105,7 @@ def selection_table(rows: Sequence[LayerRatios], title: str) -> 'Table':
         frozen = {(True, True): 'both', (True, False): 'mean', (False, True): 'variance'}
         table.add_row(
             str(depth),
-            str(row.channels),
+            '' if row.channels is None else str(row.channels),
             place.stage,
             place.label,
             *(shown_ratios(row, statistic) for statistic in STATISTICS),

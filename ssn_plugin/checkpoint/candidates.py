@@ -2,7 +2,8 @@
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,11 +12,40 @@ _DEFAULTS = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')
 _LAYER_TYPE = re.compile(r'^([\w.]+\.)?(Sync)?SS?N([123]d)?$')
 
 
+class Candidates(NamedTuple):
+    """The candidates of layers, as far as something tells them.
+
+    Attributes:
+        backbone: Those of the backbone's layers, ``()`` where nothing tells.
+        configured: Those of all layers by their number, of :func:`configured_candidates`.
+    """
+
+    backbone: tuple[str, ...] = ()
+    configured: Mapping[int, tuple[str, ...]] = {}
+
+    def of(self, layer: str, count: int, keys: Iterable[str]) -> tuple[str, ...]:
+        """Those of one layer, ``()`` where they are not known.
+
+        Without anything told, they are taken to be IN, LN, BN and GN, as many as there are.
+
+        Args:
+            layer: Its name.
+            count: How many there are.
+            keys: Of the state dict. Where some begin with ``backbone.``, others are of no backbone.
+        """
+        if not (self.backbone or self.configured):
+            return _DEFAULTS.get(count, ())
+        if len(self.backbone) == count and (
+            not self.configured
+            or layer.startswith('backbone.')
+            or not any(key.startswith('backbone.') for key in keys)
+        ):
+            return self.backbone
+        return self.configured.get(count, ())
+
+
 def candidate_names(
-    state: Mapping[str, Tensor],
-    layer: str,
-    count: int,
-    configured: Mapping[int, Sequence[str]] | None = None,
+    state: Mapping[str, Tensor], layer: str, count: int, told: Candidates | None = None
 ) -> tuple[str, ...]:
     """Names of the candidates of a layer; numbers where they cannot be known.
 
@@ -23,11 +53,10 @@ def candidate_names(
         state: State dict.
         layer: Name of an SSN or SN layer in it.
         count: How many ratios it has.
-        configured: Candidates by their number, of :func:`configured_candidates`. Without, they are
-            taken to be IN, LN, BN and GN, as many as there are ratios, unless the running
-            statistics show that they are not.
+        told: What is told of the candidates. Without, they are taken to be IN, LN, BN and GN, as
+            many as there are ratios, unless the running statistics show that they are not.
     """
-    names = tuple((configured or _DEFAULTS).get(count, ()))
+    names = (told or Candidates()).of(layer, count, state)
     # Two candidates with running statistics are others than IN and LN.
     if ('BN' in names) < (f'{layer}.running_mean' in state) or not names:
         return tuple(map(str, range(count)))

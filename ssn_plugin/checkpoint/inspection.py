@@ -16,7 +16,7 @@ from ssn_plugin.checkpoint.files import (
 from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
 from ssn_plugin.checkpoint.release import RELEASES
 from ssn_plugin.checkpoint.selection import histogram, selections
-from ssn_plugin.checkpoint.traits import told_traits
+from ssn_plugin.checkpoint.traits import told_candidates
 
 
 def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, str]:
@@ -58,10 +58,11 @@ def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> d
     beside = Counter(norm_layers({key: weights[key] for key in left_out}).values())
     if beside:
         report['norms elsewhere'] = ', '.join(f'{n} {kind}' for kind, n in beside.most_common())
-    told = told_traits(checkpoint)
-    if 'normalizers' in told:
-        report['candidates'] = ', '.join(told['normalizers'])
-    chosen = selections(backbone, told.get('normalizers'))
+    told = told_candidates(checkpoint)
+    sets = [told.backbone] if told.backbone else list(told.configured.values())
+    if any(sets):
+        report['candidates'] = '; '.join(', '.join(names) for names in sets if names)
+    chosen = selections(backbone, told)
     if kinds['SSN']:
         report['selection'] = _by_stage(chosen)
     classifier = [key for key in weights if is_classifier(key)]

@@ -88,10 +88,10 @@ def norm_layers(state: Mapping[str, Tensor]) -> dict[str, str]:
     found = {}
     for key, value in state.items():
         name, _, last = key.rpartition('.')
-        if last != 'weight':
-            continue
-        if f'{name}.mean_weight' in state:
+        if last == 'mean_weight':  # without affine parameters there is no weight
             found[name] = 'SSN' if f'{name}.mean_fixed' in state else 'SN'
+        elif last != 'weight' or f'{name}.mean_weight' in state:
+            continue
         elif f'{name}.running_mean' in state:
             found[name] = 'BN'
         elif value.dim() == 1:

@@ -20,7 +20,7 @@ from ssn_plugin.checkpoint.files import (
 from ssn_plugin.checkpoint.layout import backbone_of, describe
 from ssn_plugin.checkpoint.release import released
 from ssn_plugin.checkpoint.selection import Selection, histogram, selections
-from ssn_plugin.checkpoint.traits import told_traits
+from ssn_plugin.checkpoint.traits import told_candidates, told_traits
 from ssn_plugin.version import __version__
 
 
@@ -68,7 +68,7 @@ def publish_backbone(
     # Views would drag their whole storage into the file.
     state = OrderedDict((key, value.detach().clone().contiguous()) for key, value in state.items())
     traits = told_traits(checkpoint)
-    chosen = selections(state, traits.get('normalizers'))
+    chosen = selections(state, told_candidates(checkpoint))
     meta = {
         'ssn_plugin': __version__,
         'layout': str(describe(state)),

@@ -1,13 +1,13 @@
 """What the norm layers in a state dict chose, without building the model."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.checkpoint.candidates import candidate_names
+from ssn_plugin.checkpoint.candidates import Candidates, candidate_names
 from ssn_plugin.checkpoint.layout import norm_layers
 from ssn_plugin.functional import sparsestmax
 
@@ -24,17 +24,15 @@ class Selection(NamedTuple):
     var: str | None
 
 
-def selections(
-    state: Mapping[str, Tensor], normalizers: Sequence[str] | None = None
-) -> dict[str, Selection]:
+def selections(state: Mapping[str, Tensor], told: Candidates | None = None) -> dict[str, Selection]:
     """The choice of every SSN and SN layer of a state dict.
 
-    Without ``normalizers``, candidates are taken to be IN, LN, BN and GN, as many of them as there
-    are ratios. Where the running statistics show that they are not, choices are numbers.
+    Without ``told``, candidates are taken to be IN, LN, BN and GN, as many of them as there are
+    ratios. Where the running statistics show that they are not, choices are numbers.
 
     Args:
         state: State dict.
-        normalizers: The candidates, where they are known.
+        told: The candidates, where they are known.
 
     Example:
         >>> from ssn_plugin import SSN, set_radius
@@ -48,10 +46,7 @@ def selections(
     for name, kind in norm_layers(state).items():
         if kind in ('SSN', 'SN'):
             found[name] = Selection(
-                *(
-                    _choice(state, name, statistic, kind, normalizers)
-                    for statistic in ('mean', 'var')
-                )
+                *(_choice(state, name, statistic, kind, told) for statistic in ('mean', 'var'))
             )
     return found
 
@@ -96,10 +91,9 @@ def _choice(
     layer: str,
     statistic: str,
     kind: str,
-    normalizers: Sequence[str] | None,
+    told: Candidates | None,
 ) -> str | None:
     ratios = ratios_in(state, layer, statistic, kind)
     if kind == 'SN' or 1.0 not in ratios:  # what a softmax rounds to is no choice
         return None
-    known = {len(normalizers): normalizers} if normalizers else None
-    return candidate_names(state, layer, len(ratios), known)[ratios.index(1.0)]
+    return candidate_names(state, layer, len(ratios), told)[ratios.index(1.0)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ssn_plugin.checkpoint.candidates import Candidates, configured_candidates
 from ssn_plugin.layers.switchable import SwitchableNorm
 from ssn_plugin.ops.statistics import NORMALIZERS
 
@@ -52,3 +53,22 @@ def told_traits(checkpoint: Mapping) -> dict[str, object]:
     if meta.get('stem_padding') in (0, 1):
         told['stem_padding'] = int(meta['stem_padding'])
     return told
+
+
+def told_candidates(checkpoint: Mapping) -> Candidates:
+    """What a checkpoint tells of the candidates of its layers: in ``meta`` and by its config.
+
+    Args:
+        checkpoint: What a file holds.
+
+    Example:
+        >>> from ssn_plugin.checkpoint.traits import told_candidates
+        >>> told_candidates({'meta': {'normalizers': ['BN', 'LN']}, 'state_dict': {}})
+        Candidates(backbone=('BN', 'LN'), configured={})
+    """
+    meta = checkpoint.get('meta')
+    config = meta.get('cfg') if isinstance(meta, Mapping) else None
+    return Candidates(
+        tuple(told_traits(checkpoint).get('normalizers', ())),
+        configured_candidates(config) if isinstance(config, str) else {},
+    )

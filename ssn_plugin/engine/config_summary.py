@@ -1,11 +1,12 @@
 """The few lines of a config that tell one run from another."""
 
+import re
 from collections.abc import Iterator, Mapping
 
 from mmengine.config import Config
 
 from ssn_plugin.analysis.report_page import Section
-from ssn_plugin.engine.preflight import datasets_of
+from ssn_plugin.engine.preflight import datasets_of, pretrained_in
 from ssn_plugin.engine.radius_hook import SSNRadiusHook
 from ssn_plugin.ops.sparsestmax import circumradius
 
@@ -67,18 +68,11 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
             for name, head in part.items():
                 if name.endswith('head') and isinstance(head, Mapping) and 'type' in head:
                     yield f'{key}.{name}', str(head['type'])
-    for key, checkpoint in _checkpoints(model, 'model'):
-        yield f'weights of {key}', checkpoint
+    for _, key, checkpoint in pretrained_in(model, 'model'):
+        part = re.sub(r'\.(init_cfg(\.\d+)?|pretrained)$', '', key)
+        yield f'weights of {part}', checkpoint
     if config.get('load_from'):
         yield 'load_from', str(config.load_from)
-
-
-def _checkpoints(node: object, key: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, Mapping):
-        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
-            yield key.removesuffix('.init_cfg'), node['checkpoint']
-        for name, child in node.items():
-            yield from _checkpoints(child, f'{key}.{name}')
 
 
 def _norms(config: Config) -> Iterator[tuple[str, str]]:

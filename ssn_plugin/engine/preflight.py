@@ -152,7 +152,7 @@ def check_checkpoints(config: Config) -> None:
     Raises:
         InputError: Naming the entry and the file, and how to get it or do without.
     """
-    wanted = list(_pretrained(config.get('model', {}), 'model'))
+    wanted = list(pretrained_in(config.get('model', {}), 'model'))
     if isinstance(config.get('load_from'), str):
         wanted.append(('load_from', 'load_from', config.load_from))
     for key, switch, checkpoint in wanted:
@@ -183,17 +183,26 @@ def check_checkpoint(name: str, path: str, advice: str = '') -> None:
         raise InputError(f'{name}: {error}{advice}') from error
 
 
-def _pretrained(node: object, key: str) -> Iterator[tuple[str, str, str]]:
+def pretrained_in(node: object, key: str) -> Iterator[tuple[str, str, str]]:
+    """The weights that a config names, by ``init_cfg``, which may be a list, or ``pretrained``.
+
+    Args:
+        node: A piece of the config.
+        key: Its place.
+
+    Yields:
+        Place of the file's name, place of what to set to None to do without, and the name.
+    """
     if isinstance(node, dict):
         if isinstance(node.get('pretrained'), str):
             yield f'{key}.pretrained', f'{key}.pretrained', node['pretrained']
         if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
             yield f'{key}.checkpoint', key, node['checkpoint']
         for name, child in node.items():
-            yield from _pretrained(child, f'{key}.{name}')
+            yield from pretrained_in(child, f'{key}.{name}')
     elif isinstance(node, list | tuple):
         for index, child in enumerate(node):
-            yield from _pretrained(child, f'{key}.{index}')
+            yield from pretrained_in(child, f'{key}.{index}')
 
 
 def check_work_dir(path: str) -> None:

@@ -76,8 +76,12 @@ def write_report(work_dir: Path, path: Path | None = None) -> Path:
         rows = history.rows() if history else rows_of(str(work_dir))
     except (CheckpointError, InputError) as error:
         raise InputError(f'{work_dir}: has no {HISTORY_FILE}, and {error}') from error
-    logs = read_run_logs(work_dir)
-    config_file = _config_file(work_dir)
+    try:
+        logs = read_run_logs(work_dir)
+        config_file = _config_file(work_dir)
+        config_text = config_file.read_text(errors='replace') if config_file else ''
+    except OSError as error:
+        raise InputError(f'{work_dir}: cannot read all of it: {error.strerror}') from error
     config = _read_config(config_file) if config_file else None
     about = history.about if history else {}
     title = config_file.stem if config_file else work_dir.resolve().name
@@ -88,7 +92,7 @@ def write_report(work_dir: Path, path: Path | None = None) -> Path:
         sections=summarise(config, about.get('max_iters')) if config else [],
         pictures=list(_pictures(title, rows, history, logs)),
         rows=rows,
-        config=config_file.read_text() if config_file else '',
+        config=config_text,
         versions=about.get('versions', {}),
     )
     path = path or work_dir / REPORT_FILE

@@ -1,7 +1,6 @@
 """Importance ratios of what a user names: a checkpoint, a work dir, or a config with weights."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.registry import MODELS, init_default_scope
@@ -11,10 +10,9 @@ from ssn_plugin.analysis.importance_ratios import (
     importance_ratios,
     importance_ratios_of_state,
 )
-from ssn_plugin.checkpoint.candidates import configured_candidates
 from ssn_plugin.checkpoint.files import CheckpointError, read_checkpoint, weights_in
 from ssn_plugin.checkpoint.layout import shown
-from ssn_plugin.checkpoint.traits import told_traits
+from ssn_plugin.checkpoint.traits import told_candidates
 from ssn_plugin.engine.preflight import InputError, load_config
 from ssn_plugin.models.pretrained import load_checkpoint
 
@@ -55,7 +53,11 @@ def _last_checkpoint(folder: Path) -> str:
         raise InputError(
             f'{folder}: has no last_checkpoint, expected a work dir whose training has saved one'
         )
-    named = Path(note.read_text().strip())
+    try:
+        named = Path(note.read_text().strip())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or 'it is no text'
+        raise InputError(f'{note}: cannot read it: {reason}') from error
     moved = folder / named.name
     return str(named if named.is_file() or not moved.is_file() else moved)
 
@@ -64,17 +66,7 @@ def _of_checkpoint(path: str, allow_pickle: bool) -> list[LayerRatios]:
     reads = load_checkpoint if '://' in path else read_checkpoint
     checkpoint = reads(path, allow_pickle)
     state = weights_in(checkpoint, path)
-    return importance_ratios_of_state(state, _candidates(checkpoint))
-
-
-def _candidates(checkpoint: Mapping) -> dict[int, tuple[str, ...]] | None:
-    """What the config of a training, or the meta data of a published backbone, call candidates."""
-    meta = checkpoint.get('meta')
-    config = meta.get('cfg') if isinstance(meta, Mapping) else None
-    if isinstance(config, str) and (found := configured_candidates(config)):
-        return found
-    names = told_traits(checkpoint).get('normalizers')
-    return {len(names): tuple(names)} if names else None
+    return importance_ratios_of_state(state, told_candidates(checkpoint))
 
 
 def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[LayerRatios]:

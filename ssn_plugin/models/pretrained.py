@@ -12,6 +12,7 @@ from mmengine.model import PretrainedInit, update_init_info
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from ssn_plugin.checkpoint.candidates import Candidates
 from ssn_plugin.checkpoint.files import (
     CheckpointError,
     explain_load_error,
@@ -153,7 +154,8 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
             level=logging.WARNING,
         )
     chosen = selections(
-        {key: value for key, value in state.items() if key in own}, traits.get('normalizers')
+        {key: value for key, value in state.items() if key in own},
+        Candidates(tuple(traits.get('normalizers', ()))),
     )
     counters = sum(key.endswith('.num_batches_tracked') for key in own)  # released files have none
     decided = sum(None not in selection for selection in chosen.values())

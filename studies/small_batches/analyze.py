@@ -43,8 +43,18 @@ class Results:
             norm: Name of the norm.
             batch: Images per batch.
         """
+        return list(self.by_seed(column, norm, batch).values())
+
+    def by_seed(self, column: str, norm: str, batch: int) -> dict[int, float]:
+        """Seed -> value, in order.
+
+        Args:
+            column: Name of the column.
+            norm: Name of the norm.
+            batch: Images per batch.
+        """
         found = [r for r in self.rows if r['norm'] == norm and r['batch'] == str(batch)]
-        return [float(row[column]) for row in sorted(found, key=lambda row: int(row['seed']))]
+        return dict(sorted((int(row['seed']), float(row[column])) for row in found))
 
 
 def accuracy_table(results: Results, column: str = 'top1', digits: int = 1) -> str:

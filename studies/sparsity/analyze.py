@@ -25,19 +25,30 @@ def training_table(results: Results) -> str:
     for other in OTHERS:
         for batch in BATCHES:
             ours, theirs = (results.values('top1', norm, batch) for norm in ('SSN', other))
-            paired = [a - b for a, b in zip(ours, theirs, strict=False)]
             lines.append(
                 [
                     other,
                     str(batch),
                     spread(ours),
                     spread(theirs),
-                    ', '.join(f'{difference:+.1f}' for difference in paired),
+                    ', '.join(f'{d:+.1f}' for d in differences(results, other, batch)),
                     verdict(ours, theirs, MARGIN),
                 ]
             )
     head = ['against', 'images', 'SSN', 'the other', 'difference by seed', 'SSN is']
     return markdown(head, lines)
+
+
+def differences(results: Results, other: str, batch: int) -> list[float]:
+    """Top-1, SSN minus the other, of each seed that both have run.
+
+    Args:
+        results: Of the study on small batches, of one size.
+        other: Name of the other norm.
+        batch: Images per batch.
+    """
+    ours, theirs = (results.by_seed('top1', norm, batch) for norm in ('SSN', other))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def collapse_table(rows: Sequence[dict[str, str]]) -> str:
@@ -84,13 +95,9 @@ def sparsity_figure(results: Results, title: str) -> Figure:
     for offset, other in zip((-0.1, 0.1), OTHERS, strict=True):
         colour, mark = STYLE[other]
         points = [
-            (position + offset, a - b)
+            (position + offset, difference)
             for position, batch in enumerate(BATCHES)
-            for a, b in zip(
-                results.values('top1', 'SSN', batch),
-                results.values('top1', other, batch),
-                strict=False,
-            )
+            for difference in differences(results, other, batch)
         ]
         if points:
             x, y = zip(*points, strict=True)

@@ -6,7 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ssn_plugin.analysis.comparison import aligned, differences, write_comparison
+from ssn_plugin.analysis.comparison import aligned, differences, headline, write_comparison
 from ssn_plugin.analysis.importance_ratios import LayerRatios
 from ssn_plugin.analysis.tables import difference_table
 
@@ -48,6 +48,18 @@ def test_more_than_two_are_compared_with_the_first():
     found = differences({**SOURCES, 'third': third})[0]
     assert found.leading == ('IN', 'BN', 'LN')
     assert found.distance == 1
+
+
+def test_layers_that_two_of_three_models_have():
+    head = LayerRatios('neck.0.sn', NAMES, (1.0, 0, 0), (0, 0, 1.0))
+    sources = {
+        'a': BACKBONE,
+        'b': [BACKBONE[0], head],
+        'c': [BACKBONE[0]._replace(mean_ratios=(0, 0, 1.0)), head._replace(var_ratios=(1.0, 0, 0))],
+    }
+    said = '1 of 1 common layers prefer another normalizer'
+    assert headline(differences(sources)) == f'{said}, and 1 that not all have'
+    assert headline(differences({**sources, 'b': BACKBONE[:1]})) == said
 
 
 def test_different_candidates():

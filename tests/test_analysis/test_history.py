@@ -52,6 +52,30 @@ def test_nearly_one_is_not_one(tmp_path):
     json.loads(path.read_text().splitlines()[1], parse_constant=pytest.fail)  # no NaN in it
 
 
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda line: line.pop('iter'),
+        lambda line: line.pop('loss'),
+        lambda line: line.pop('var_fixed'),
+        lambda line: line.update(iter='5'),
+        lambda line: line['mean'].pop(),
+        lambda line: line['var'][1].append(0.0),
+        lambda line: line.update(mean=0.5),
+    ],
+)
+def test_a_line_that_is_no_record(tmp_path, change):
+    path = tmp_path / 'ratios.jsonl'
+    write(path, [10, 20])
+    first, second, third = path.read_text().splitlines()
+    line = json.loads(second)
+    change(line)
+    path.write_text('\n'.join([first, json.dumps(line), third]))
+    with pytest.raises(HistoryError, match='line 2 is no record of SSNRatioHook') as raised:
+        read_history(path)
+    assert '\n' not in str(raised.value)
+
+
 def test_a_resumed_run_goes_on(tmp_path):
     path = tmp_path / 'ratios.jsonl'
     write(path, [10, 20, 30])
@@ -84,6 +108,7 @@ def test_lines_of_other_layers_are_dropped(tmp_path):
         (None, 'no such file; SSNRatioHook writes it'),
         ('', 'is no history of SSNRatioHook'),
         ('{"iter": 1}\n', 'is no history of SSNRatioHook'),
+        ('{"layers": [5]}\n', 'is no history of SSNRatioHook'),
         ('{"layers": []}\nnonsense\n{"iter": 1}\n', 'line 2 is no record of SSNRatioHook'),
     ],
 )

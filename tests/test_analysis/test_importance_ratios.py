@@ -9,6 +9,8 @@ from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius
 from ssn_plugin.analysis.importance_ratios import importance_ratios, importance_ratios_of_state
+from ssn_plugin.analysis.tables import selection_table
+from ssn_plugin.checkpoint.candidates import Candidates
 from ssn_plugin.ops import reference
 
 
@@ -106,8 +108,21 @@ def test_released_layouts(kind, using_bn):
     assert {row.radius for row in rows} == {radius}
 
 
+@pytest.mark.parametrize('track', [True, False])
+def test_layers_without_affine_parameters(track):
+    normalizers = ('IN', 'LN', 'BN') if track else ('IN', 'LN')
+    model = nn.Sequential(
+        SSN(4, affine=False, normalizers=normalizers), SN(4, affine=False, normalizers=normalizers)
+    )
+    rows = importance_ratios(model)
+    if not track:  # nothing in the file has the size of the channels
+        rows = [row._replace(channels=None) for row in rows]
+    assert importance_ratios_of_state(model.state_dict()) == rows
+    assert 'None' not in str(list(selection_table(rows, 'title').columns[1].cells))
+
+
 def test_candidates_that_a_file_does_not_name():
     state = {f'sn.{k}': v for k, v in SSN(4, normalizers=('IN', 'BN')).state_dict().items()}
     assert importance_ratios_of_state(state)[0].normalizers == ('0', '1')
-    named = importance_ratios_of_state(state, {2: ('IN', 'BN')})[0]
+    named = importance_ratios_of_state(state, Candidates(configured={2: ('IN', 'BN')}))[0]
     assert named.normalizers == ('IN', 'BN')

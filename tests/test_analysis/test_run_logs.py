@@ -52,6 +52,31 @@ def test_a_resumed_run_counts_where_it_repeats(logs):
     assert logs.starts == ['20260101_100000', '20260101_110000']
 
 
+def test_a_new_training_in_a_used_work_dir(tmp_path):
+    old = [train(10, loss_cls=0.5), train(20), {'mIoU': 0.5, 'step': 0}]
+    write(tmp_path, '20260101_100000', old)
+    write(tmp_path, '20260101_110000', [train(10)])
+    logs = read_run_logs(tmp_path)
+    assert logs.starts == ['20260101_110000']
+    assert logs.train == {10: dict(lr=0.1, loss=0.1)}
+    assert logs.val == {}
+    # Its first line may be later than some of the old training's: its config tells.
+    write(tmp_path, '20260101_120000', [train(15)])
+    assert read_run_logs(tmp_path).starts == ['20260101_110000', '20260101_120000']
+    config = tmp_path / '20260101_120000' / 'vis_data' / 'config.py'
+    config.write_text('load_from = None\nresume = False\n')
+    logs = read_run_logs(tmp_path)
+    assert logs.starts == ['20260101_120000']
+    assert list(logs.train) == [15]
+
+
+def test_a_validation_before_the_first_iteration_counts(tmp_path):
+    write(tmp_path, '20260101_100000', [{'mIoU': 0.5, 'step': 0}, train(10)])
+    logs = read_run_logs(tmp_path)
+    assert logs.val == {0: {'mIoU': 0.5}}
+    assert logs.starts == ['20260101_100000']
+
+
 def test_curves(logs):
     assert shown_metrics(logs.val) == ['coco/bbox_mAP']
     figure = curves_figure(logs, 'A run')

@@ -3,7 +3,7 @@
 import pytest
 
 from ssn_plugin import SN, SSN
-from ssn_plugin.checkpoint.candidates import candidate_names, configured_candidates
+from ssn_plugin.checkpoint.candidates import Candidates, candidate_names, configured_candidates
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,11 @@ def test_default_names(normalizers, names):
     layer = SSN(32, normalizers=normalizers)
     state = {f'sn.{key}': value for key, value in layer.state_dict().items()}
     assert candidate_names(state, 'sn', len(normalizers)) == names
-    configured = {len(normalizers): normalizers}
-    assert candidate_names(state, 'sn', len(normalizers), configured) == normalizers
+    for told in (
+        Candidates(configured={len(normalizers): normalizers}),
+        Candidates(backbone=normalizers),
+    ):
+        assert candidate_names(state, 'sn', len(normalizers), told) == normalizers
 
 
 def test_candidates_of_several_counts_and_of_contradicting_layers():
@@ -34,7 +37,14 @@ def test_candidates_of_several_counts_and_of_contradicting_layers():
     configured = configured_candidates(text)
     assert configured[3] == ()
     state = {f'sn.{key}': value for key, value in SN(4).state_dict().items()}
-    assert candidate_names(state, 'sn', 3, configured) == ('0', '1', '2')
+    assert candidate_names(state, 'sn', 3, Candidates((), configured)) == ('0', '1', '2')
+    told = Candidates(('LN', 'IN', 'BN'), configured)
+    assert candidate_names(state, 'sn', 3, told) == ('LN', 'IN', 'BN')
+    # Of a whole model, what is told of the backbone is told of nothing else.
+    state |= {f'backbone.{key}': value for key, value in state.items()}
+    assert candidate_names(state, 'backbone.sn', 3, told) == ('LN', 'IN', 'BN')
+    assert candidate_names(state, 'sn', 3, told) == ('0', '1', '2')
+    assert candidate_names(state, 'sn', 3, told._replace(configured={})) == ('LN', 'IN', 'BN')
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ssn_plugin.checkpoint import inspection, release
 from ssn_plugin.checkpoint.files import CheckpointError, md5_of
 from ssn_plugin.checkpoint.inspection import inspect_checkpoint
 from ssn_plugin.checkpoint.publish import publish_backbone
+from ssn_plugin.engine.selection_sources import rows_of
 
 NARROW = dict(base_channels=4, stem_channels=4)
 
@@ -190,3 +191,15 @@ def test_trusted_code(tmp_path, file):
     checkpoint = released_checkpoint(released_state(width=4)) | {'x': Marker(tmp_path / 'ran')}
     report = inspect_checkpoint(save(checkpoint, file), allow_pickle=True)
     assert report['beside the weights'].endswith(', x')
+
+
+def test_candidates_are_named_as_analyze_selection_names_them(tmp_path):
+    model = build('mmdet', norm_cfg=dict(type='SSN', normalizers=('BN', 'IN', 'LN')))
+    set_radius(model, 1.0)
+    path = tmp_path / 'net.pth'
+    config = "model = dict(norm_cfg=dict(type='SSN', normalizers=['BN', 'IN', 'LN']))"
+    torch.save({'meta': {'cfg': config}, 'state_dict': model.state_dict()}, path)
+    report = inspect_checkpoint(path)
+    assert report['candidates'] == 'BN, IN, LN'
+    assert '20 LN' in report['selection']  # the last candidate, at a tie
+    assert {row.selected for row in rows_of(str(path))} == {('LN', 'LN')}

@@ -48,3 +48,20 @@ def test_other_configs(path):
 def test_a_config_with_nothing(tmp_path):
     (tmp_path / 'empty.py').write_text('a = 1\n')
     assert summarise(load_config(str(tmp_path / 'empty.py'))) == []
+
+
+def test_weights_wherever_a_config_names_them(tmp_path):
+    (tmp_path / 'config.py').write_text(
+        "one = dict(type='Pretrained', checkpoint='a.pth')\n"
+        "model = dict(type='Net', pretrained='b.pth',\n"
+        "    backbone=dict(type='SSNResNet', init_cfg=one),\n"
+        "    neck=dict(init_cfg=[dict(type='Xavier'), dict(one, checkpoint='c.pth')]),\n"
+        "    heads=[dict(type='Head', init_cfg=dict(one, checkpoint='d.pth'))])\n"
+    )
+    found = facts(str(tmp_path / 'config.py'))['Model']
+    assert {key: name for key, name in found.items() if key.startswith('weights')} == {
+        'weights of model': 'b.pth',
+        'weights of model.backbone': 'a.pth',
+        'weights of model.neck': 'c.pth',
+        'weights of model.heads.0': 'd.pth',
+    }
