@@ -7,6 +7,7 @@
 """
 
 from ssn_plugin.deploy.collapse import collapse_ssn
+from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
 from ssn_plugin.engine import registration as _registration  # noqa: F401  (registers by import)
 from ssn_plugin.functional import sparsestmax, switchable_norm
 from ssn_plugin.layers.radius import set_radius, undecided_layers
@@ -27,6 +28,8 @@ __all__ = [
     '__version__',
     'collapse_ssn',
     'convert_sync_ssn',
+    'find_foldable',
+    'fold_batch_norms',
     'revert_sync_ssn',
     'set_radius',
     'sparsestmax',

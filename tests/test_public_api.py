@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import ssn_plugin
-from ssn_plugin import layers
+from ssn_plugin import deploy, layers
 
 NAMES = [
     'SN',
@@ -19,6 +19,8 @@ NAMES = [
     '__version__',
     'collapse_ssn',
     'convert_sync_ssn',
+    'find_foldable',
+    'fold_batch_norms',
     'revert_sync_ssn',
     'set_radius',
     'sparsestmax',
@@ -48,6 +50,8 @@ SIGNATURES = {
     'convert_sync_ssn': 'model, process_group=None',
     'revert_sync_ssn': 'model',
     'collapse_ssn': 'model, native=False, keep_undecided=False',
+    'find_foldable': 'model, run',
+    'fold_batch_norms': 'model, pairs',
     'SelectedNorm': (
         'num_features, mean_source, var_source, eps=1e-05, momentum=0.1, affine=True, '
         'track_running_stats=True, num_groups=32, correction=0'
@@ -64,7 +68,7 @@ def test_all():
 
 
 def test_layers_offer_the_same_objects():
-    elsewhere = {'__version__', 'collapse_ssn', 'sparsestmax', 'switchable_norm'}
+    elsewhere = {'__version__', 'sparsestmax', 'switchable_norm', *deploy.__all__}
     assert set(layers.__all__) == set(NAMES) - elsewhere
     for name in layers.__all__:
         assert getattr(layers, name) is getattr(ssn_plugin, name)

@@ -1,5 +1,6 @@
 """After training: every SSN becomes the normalizer it chose."""
 
 from ssn_plugin.deploy.collapse import collapse_ssn
+from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
 
-__all__ = ['collapse_ssn']
+__all__ = ['collapse_ssn', 'find_foldable', 'fold_batch_norms']
