@@ -7,6 +7,7 @@
 """
 
 from ssn_plugin.deploy.collapse import collapse_ssn
+from ssn_plugin.deploy.constant_ratios import hold_ratios
 from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
 from ssn_plugin.engine import registration as _registration  # noqa: F401  (registers by import)
 from ssn_plugin.functional import sparsestmax, switchable_norm
@@ -30,6 +31,7 @@ __all__ = [
     'convert_sync_ssn',
     'find_foldable',
     'fold_batch_norms',
+    'hold_ratios',
     'revert_sync_ssn',
     'set_radius',
     'sparsestmax',

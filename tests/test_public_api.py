@@ -21,6 +21,7 @@ NAMES = [
     'convert_sync_ssn',
     'find_foldable',
     'fold_batch_norms',
+    'hold_ratios',
     'revert_sync_ssn',
     'set_radius',
     'sparsestmax',
@@ -52,6 +53,7 @@ SIGNATURES = {
     'collapse_ssn': 'model, native=False, keep_undecided=False',
     'find_foldable': 'model, run',
     'fold_batch_norms': 'model, pairs',
+    'hold_ratios': 'model',
     'SelectedNorm': (
         'num_features, mean_source, var_source, eps=1e-05, momentum=0.1, affine=True, '
         'track_running_stats=True, num_groups=32, correction=0'

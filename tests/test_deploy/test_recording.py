@@ -1,0 +1,61 @@
+"""torch.export and torch.jit.trace of collapsed layers hold for every size of input."""
+
+import pytest
+import torch
+from random_state import randomize_affine_and_running
+from torch import nn
+
+from ssn_plugin import SN, SSN, SSN1d, collapse_ssn, hold_ratios, set_radius
+
+NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
+KINDS = ['IN', 'LN', 'BN', 'GN', 'LN/BN', 'GN/IN', 'a mixture', 'SN']
+
+
+def network(kind: str, correction: int, layer: type = SSN) -> nn.Sequential:
+    """A norm of a kind, collapsed or with its ratios held, and all before it."""
+    settings = dict(normalizers=NORMALIZERS, num_groups=3, correction=correction)
+    norm = (SN if kind == 'SN' else layer)(6, **settings)
+    randomize_affine_and_running(norm)
+    with torch.no_grad():
+        mean, _, var = kind.partition('/')
+        for control, name in zip(
+            (norm.mean_weight, norm.var_weight), (mean, var or mean), strict=True
+        ):
+            if name in NORMALIZERS:
+                control[NORMALIZERS.index(name)] = 2
+            else:
+                control.normal_(std=0.2)
+    if '/' in kind or kind in NORMALIZERS:
+        set_radius(norm, 0.3)
+    return nn.Sequential(norm).eval()
+
+
+def recorded(model: nn.Module, x: torch.Tensor) -> list:
+    sizes = {dim: torch.export.Dim.DYNAMIC for dim in range(x.dim()) if dim != 1}
+    program = torch.export.export(model, (x,), dynamic_shapes=(sizes,))
+    return [program.module(), torch.jit.trace(model, x, check_trace=False)]
+
+
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_size(kind, correction):
+    model = network(kind, correction)
+    inputs = [
+        torch.randn(s) + 1 for s in ((1, 6, 9, 13), (3, 6, 1, 1), (1, 6, 1, 1), (4, 6, 31, 1))
+    ]
+    expected = [model(x) for x in inputs]
+    hold_ratios(collapse_ssn(model, keep_undecided=True))
+    for run in recorded(model, torch.randn(2, 6, 5, 7)):
+        for x, y in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(run(x), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['IN', 'LN', 'BN', 'LN/BN', 'a mixture'])
+def test_rows_of_any_length(kind):
+    model = network(kind, 0, SSN1d)
+    inputs = [torch.randn(s) + 1 for s in ((3, 6, 40), (3, 6, 1))]
+    expected = [model(x) for x in inputs]
+    hold_ratios(collapse_ssn(model, keep_undecided=True))
+    for run in recorded(model, torch.randn(2, 6, 5)):
+        for x, y in zip(inputs, expected, strict=True):
+            torch.testing.assert_close(run(x), y, rtol=1e-5, atol=1e-5)
