@@ -9,6 +9,8 @@ from mmengine.runner import CheckpointLoader
 
 from ssn_plugin.engine.checkpoint_hook import SSNCheckpointHook
 from ssn_plugin.engine.checkpoint_schemes import load_from_bn2ssn, load_from_sn2ssn
+from ssn_plugin.engine.collapsed_model import NAME as COLLAPSED
+from ssn_plugin.engine.collapsed_model import build_collapsed_ssn
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
 from ssn_plugin.engine.precise_stats_hook import PreciseStatsHook
 from ssn_plugin.engine.radius_hook import SSNRadiusHook
@@ -25,6 +27,7 @@ for _layer in (SSN, SSN1d, SSN2d, SSN3d, SyncSSN, SN):
     MODELS.register_module(name=_layer.__name__, module=_layer)
 MODELS.register_module(name='SSNResNet', module=build_ssn_resnet)
 MODELS.register_module(name='DropoutLinearClsHead', module=build_dropout_linear_cls_head)
+MODELS.register_module(name=COLLAPSED, module=build_collapsed_ssn)
 for _hook in (SSNRadiusHook, SSNRatioHook, SSNResumeHook, SSNCheckpointHook, PreciseStatsHook):
     HOOKS.register_module(module=_hook)
 OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=SSNOptimWrapperConstructor)

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from mmengine.registry import MODELS, init_default_scope
-
 from ssn_plugin.analysis.importance_ratios import (
     LayerRatios,
     importance_ratios,
@@ -14,6 +12,7 @@ from ssn_plugin.checkpoint.files import CheckpointError, read_checkpoint, weight
 from ssn_plugin.checkpoint.layout import shown
 from ssn_plugin.checkpoint.traits import told_candidates
 from ssn_plugin.engine.preflight import InputError, load_config
+from ssn_plugin.engine.trained_model import build_model
 from ssn_plugin.models.pretrained import load_checkpoint
 
 
@@ -71,17 +70,7 @@ def _of_checkpoint(path: str, allow_pickle: bool) -> list[LayerRatios]:
 
 def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[LayerRatios]:
     config = load_config(path)
-    if not config.get('model'):
-        raise InputError(f'config: {path} has no model')
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    try:
-        model = MODELS.build(config.model)
-    except Exception as error:
-        # The registry raises what the missing package or the model's own code raises.
-        first_line = (str(error).splitlines() or [''])[0]
-        raise InputError(
-            f'config: cannot build the model of {path}: {type(error).__name__}: {first_line}'
-        ) from error
+    model = build_model(config, path)
     checkpoint = checkpoint or config.get('load_from')
     if checkpoint is None:
         if not re.search(r'\bPretrained\b', str(config.model.to_dict())):
