@@ -228,8 +228,17 @@ class SwitchableNormFunction(torch.autograd.Function):
             y in the dtype of x.
         """
         mean, var, settings, tracks, kind, group = plan
-        batch = None
-        if kind is None:
+        batch = found = None
+        if kind is not None:
+            found = native.forward(
+                kind, x, weight, bias, running_mean, running_var, momentum, settings.eps
+            )
+        if found is None:
+            if kind is not None:
+                # Too large for ATen's float32. The running statistics are updated already.
+                plan = plan._replace(kind=None)
+                if tracks:
+                    running_mean, running_var, tracks = None, None, False
             y, kept, batch = eager.forward(
                 x,
                 mean.filled(mean_control, x),
@@ -244,9 +253,7 @@ class SwitchableNormFunction(torch.autograd.Function):
                 group,
             )
         else:
-            y, kept = native.forward(
-                kind, x, weight, bias, running_mean, running_var, momentum, settings.eps
-            )
+            y, kept = found
         if tracks:
             running_mean = running_var = None
         count = None

@@ -38,6 +38,9 @@ _MANY = 2**15
 _SHORT = 256
 # Below so many bytes of x nobody counts those kept beside it.
 _SMALL = 2**20
+# A standard deviation above 1e15 has squares, its own and its inverse's, that leave float32 or soon
+# will; below it nothing of a layer does.
+_NARROW = 1e-15
 
 
 class Rows(NamedTuple):
@@ -232,9 +235,21 @@ def _mixed_statistics(
     return rows, mix_statistics(moments, mean_ratios, var_ratios, running, settings, batch_too)
 
 
-def _wide(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+def overflows(x: Tensor, inverse_std: Tensor) -> bool:
+    """Whether float32 is too narrow for the squares of ``x``; asked on the host, at no wait.
+
+    Args:
+        x: The input of the layer.
+        inverse_std: Of statistics in float32.
+    """
+    return readable(x) and not inverse_std.min().item() > _NARROW  # NaN is none either
+
+
+def _wide(
+    x: Tensor, *vectors: Tensor | None, dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
     """In the dtype in which the layer computes, float32 or float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = dtype or torch.promote_types(x.dtype, torch.float32)
     if x.dtype != dtype:
         x = x.to(dtype)
     return [x, *[v if v is None or v.dtype == dtype else v.to(dtype) for v in vectors]]
@@ -279,6 +294,14 @@ def forward(
     if group is None:
         running = None if tracks or mean is None else Moments(mean, var)
         rows, mixed = _mixed_statistics(values, mean_ratios, var_ratios, running, settings, tracks)
+        if values.dtype == torch.float32 and overflows(x, mixed.inverse_std):
+            values, weight, bias, mean, var = _wide(
+                values, weight, bias, mean, var, dtype=torch.float64
+            )
+            running = None if running is None else Moments(mean, var)
+            rows, mixed = _mixed_statistics(
+                values, mean_ratios, var_ratios, running, settings, tracks
+            )
     else:
         running = None
         rows = _corrected_moments(values, settings.correction)
@@ -330,6 +353,9 @@ def _track(
     count = num * _length(x)
     unbiased = count / (count - 1) if settings.correction == 0 and count > 1 else 1.0
     var = mixed.totals[k] * (unbiased / num)
+    if var.dtype != running_var.dtype:
+        # An infinite one would be NaN after the next update.
+        var = var.clamp(max=torch.finfo(running_var.dtype).max)
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_(var.to(running_var.dtype), momentum)
 
@@ -345,7 +371,8 @@ def _kept(
 ) -> list[Tensor | None]:
     """What of the statistics spares the backward the most work and is little beside x.
 
-    All that it reads; or the row moments, from which the rest follows; or nothing.
+    All that it reads; or the row moments, from which the rest follows; or nothing. What is kept in
+    float64 tells it to compute so.
     """
     kept = [rows.mean, mixed.distance, mixed.inverse_std]
     for k, deviation in enumerate(mixed.deviations):
@@ -353,7 +380,8 @@ def _kept(
         kept.append(deviation if pooled or k in mean_ratios.moving else None)
     for k, total in enumerate(mixed.totals):
         kept.append(total if k in var_ratios.moving else None)
-    if worth_keeping(kept, x):
+    widened = rows.mean.dtype == torch.float64 != x.dtype
+    if widened or worth_keeping(kept, x):
         return kept
     moments = [rows.mean, rows.var]
     return moments if worth_keeping(moments, x) else []
@@ -394,7 +422,8 @@ def backward(
         dx or None; index -> gradient of the ratios that move, of the means and of the variances;
         dweight and dbias, (C,).
     """
-    values, dy, weight, mean, var = _wide(x, dy, weight, running_mean, running_var)
+    dtype = kept[0].dtype if kept else None
+    values, dy, weight, mean, var = _wide(x, dy, weight, running_mean, running_var, dtype=dtype)
     running = None if mean is None else Moments(mean, var)
     statistics = (mean_ratios, var_ratios, running, settings, group is not None)
     if not kept:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssn_plugin.ops.statistics import Settings, row_factor
-from ssn_plugin.ops.switchable_norm_eager import worth_keeping
+from ssn_plugin.ops.switchable_norm_eager import overflows, worth_keeping
 
 
 class Native(NamedTuple):
@@ -86,7 +86,7 @@ def forward(
     running_var: Tensor | None,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """Normalise, and update the running statistics if 'BN' uses those of the batch.
 
     Args:
@@ -100,8 +100,11 @@ def forward(
         eps: Added to the variance.
 
     Returns:
-        y in the dtype of x, and what spares :func:`backward` a pass over x.
+        y in the dtype of x, and what spares :func:`backward` a pass over x. None where float32 is
+        too narrow for squares of x; the running statistics are updated all the same.
     """
+    if kind.batch and running_var is not None and momentum == 0:
+        running_mean = running_var = None  # zero times an overflow would not leave them alone
     values, weight, bias, mean, var = _in_kernel_dtypes(
         kind, x, weight, bias, running_mean, running_var
     )
@@ -113,10 +116,16 @@ def forward(
         if kind.batch and mean is not running_mean:
             running_mean.copy_(mean)
             running_var.copy_(var)
+        if kind.batch and kept[1].dtype == torch.float32 and overflows(x, kept[1]):
+            if running_var is not None:
+                running_var.clamp_(max=torch.finfo(running_var.dtype).max)
+            return None
         return y, kept
     y, *kept = torch.native_group_norm(
         values, weight, bias, *_sizes(x), kind.groups, eps / kind.factor
     )
+    if kept[1].dtype == torch.float32 and overflows(x, kept[1]):
+        return None
     return y.to(x.dtype), kept if worth_keeping(kept, x) else []
 
 

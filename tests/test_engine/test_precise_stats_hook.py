@@ -9,22 +9,28 @@ from pathlib import Path
 import precise_stats_ranks
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import DATASETS, OPTIM_WRAPPERS
+from mmengine.runner import Runner
 from processes import run_processes
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin.demo_data import make_demo_dataset
 from ssn_plugin.engine.precise_stats_hook import (
     PreciseStatsHook,
     _full_batches,
     _loader_like,
     replace_statistics,
 )
+from ssn_plugin.engine.randomness import preserved_generators, seed_iteration
 
+ROOT = Path(__file__).parents[2]
 BATCHES = [torch.randn(n, 2, 7, 9) * (n + 1) + n for n in (3, 4, 2, 5)]
 
 
@@ -164,6 +170,24 @@ def test_average_over_two_processes(tmp_path):
     for mine, theirs, values in zip(ours, other, expected, strict=True):
         assert torch.equal(mine, theirs)
         torch.testing.assert_close(mine, values.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_averaged_model_of_torch():
+    """Whose own ``update_bn`` knows no layer but BatchNorm, and says nothing."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), SSN(4), nn.Conv2d(4, 3, 1), SN(3))
+    averaged = AveragedModel(model)
+    for batch in BATCHES[:2]:
+        model(batch).square().mean().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        averaged.update_parameters(model)
+    before = copy.deepcopy(averaged)
+    update_bn(BATCHES, averaged)
+    for name, value in before.state_dict().items():
+        assert torch.equal(averaged.state_dict()[name], value), name
+    replace_statistics(averaged, averaged, BATCHES)
+    check_statistics(averaged, brute_force(before, BATCHES))
+    for name, value in before.named_parameters():
+        assert torch.equal(averaged.get_parameter(name), value), name
 
 
 # ---------------------------------------------------------------- in a run
@@ -364,3 +388,78 @@ def test_the_precision_is_that_of_training(make_runner):
     norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     runner.train()
     assert seen == [torch.bfloat16] * (12 + 3)
+
+
+class Independent(Hook):
+    """Computes averages before a validation, and what is predicted with them and without."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self):
+        self.predictions = []
+
+    def before_val(self, runner):
+        self.last = runner.iter == runner.max_iters
+        if self.last:
+            return  # the averages are there already
+        self.trained, self.precise = copy.deepcopy(runner.model), copy.deepcopy(runner.model)
+        model = self.precise = copy.deepcopy(runner.model)
+        loader = _loader_like(runner.train_dataloader, runner.seed, runner.iter)
+        inputs = []
+
+        def forward(model, batch):
+            data = model.data_preprocessor(batch, True)
+            inputs.append(data['inputs'].double())
+            model(**data, mode='loss')
+
+        with preserved_generators():
+            seed_iteration(runner.seed, runner.iter)
+            self.expected = brute_force(model, islice(loader, PRECISE['num_batches']), forward)
+        assert len(inputs) == PRECISE['num_batches']
+        # The first layer once more from the images on, in float64.
+        conv = copy.deepcopy(model.backbone.conv1).double()
+        self.rows = [conv(images).detach().transpose(0, 1).flatten(1) for images in inputs]
+        for name, value in self.expected.items():
+            model.get_buffer(name).copy_(value)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if self.last:
+            return
+        self.seen = copy.deepcopy(runner.model)
+        others = [
+            model.eval().val_step(copy.deepcopy(data_batch))
+            for model in (self.precise, self.trained)
+        ]
+        for samples in zip(outputs, *others, strict=True):
+            self.predictions.append([sample.pred_instances.scores for sample in samples])
+
+
+@pytest.mark.slow
+def test_a_detector_is_validated_with_averages(make_runner, tmp_path):
+    pytest.importorskip('mmdet')
+    make_demo_dataset(tmp_path / 'data/demo', num_train=8, num_val=2)
+    config = Config.fromfile(ROOT / 'configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py')
+    config.work_dir = str(tmp_path / 'run')
+    config.train_cfg.update(max_iters=3, val_interval=2)
+    metric = config.val_evaluator
+    metric.ann_file = str(tmp_path / metric.ann_file)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(tmp_path / loader.dataset.data_root)
+    config.test_dataloader = config.test_evaluator = config.test_cfg = None
+    config.custom_hooks = [dict(type='SSNRadiusHook', end_radius=0.3), PRECISE]
+    config.model.test_cfg.rcnn.score_thr = 0.0  # hardly anything is found after four iterations
+    runner = Runner.from_cfg(config)
+    runner.register_hook(hook := Independent())
+    runner.train()
+    check_statistics(hook.seen, hook.expected)
+    layer = hook.seen.backbone.sn1
+    mean = torch.stack([rows.mean(1) for rows in hook.rows]).mean(0).float()
+    var = torch.stack([rows.var(1) for rows in hook.rows]).mean(0).float()
+    torch.testing.assert_close(layer.running_mean, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var, var, rtol=1e-5, atol=1e-6)
+    assert len(hook.predictions) == 2
+    for found, with_them, without in hook.predictions:
+        assert len(found) > 0
+        torch.testing.assert_close(found, with_them, rtol=1e-4, atol=1e-5)
+        assert len(without) != len(found) or (without - found).abs().max() > 1e-3

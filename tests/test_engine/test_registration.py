@@ -11,12 +11,12 @@ import torch
 from mmcv.cnn import ConvModule, build_norm_layer, is_norm
 from mmcv.cnn.utils import fuse_conv_bn
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
 from torch import nn
 
 import ssn_plugin
-from ssn_plugin import SN, SSN, SSN1d, SSN2d, SSN3d, set_radius
+from ssn_plugin import SN, SSN, SSN1d, SSN2d, SSN3d, SyncSSN, set_radius
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
 from ssn_plugin.engine.radius_hook import SSNRadiusHook
 from ssn_plugin.engine.ratio_hook import SSNRatioHook
@@ -133,19 +133,35 @@ def test_conv_module(scope, name):
     assert torch.equal(module(x), module.norm(module.conv(x)).relu())
 
 
-def test_checks_for_batchnorm_leave_the_layer_alone():
-    """Fusion and reverting sync BN would silently turn it into something else."""
+@pytest.mark.parametrize('kind', [SSN, SyncSSN, SN], ids=['SSN', 'SyncSSN', 'SN'])
+def test_checks_for_batchnorm_leave_the_layer_alone(kind):
+    """Fusion and conversions would silently turn it into something else."""
     torch.manual_seed(0)
-    model = nn.Sequential(ConvModule(3, 4, 3, norm_cfg=dict(type='SSN')))
+    model = nn.Sequential(
+        ConvModule(3, 4, 3, norm_cfg=dict(type=kind.__name__)),
+        ConvModule(4, 4, 3, norm_cfg=dict(type='BN')),
+    )
     model(torch.randn(4, 3, 8, 8))
     model.eval()
     x = torch.randn(2, 3, 8, 8)
-    expected = model(x)
-    assert not is_norm(model[0].norm)
-    for convert in (fuse_conv_bn, revert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm):
+    layer, expected, between = model[0].norm, model(x), model[0](x)
+    assert not is_norm(layer)
+    converted = []
+    for convert in (
+        convert_sync_batchnorm,
+        revert_sync_batchnorm,
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        revert_sync_batchnorm,
+        fuse_conv_bn,
+    ):
         model = convert(model)
-        assert type(model[0].norm) is SSN, convert
-        assert torch.equal(model(x), expected), convert
+        converted.append(type(model[1].norm).__name__)
+        assert model[0].norm is layer, convert
+        assert type(layer) is kind, convert
+        assert torch.equal(model[0](x), between), convert
+    # They did what they are for to the layer beside it.
+    assert converted == ['SyncBatchNorm', '_BatchNormXd'] * 2 + ['Identity']
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- registries
