@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # where `python -m studies...` finds them
@@ -18,6 +20,9 @@ from studies.selection import analyze as selection  # noqa: E402
 from studies.small_batches import analyze as small_batches  # noqa: E402
 from studies.small_batches import run as small_batches_run  # noqa: E402
 from studies.sparsity import analyze as sparsity  # noqa: E402
+from studies.transfer import analyze as transfer  # noqa: E402
+from studies.transfer import recipe  # noqa: E402
+from studies.transfer import run as transfer_run  # noqa: E402
 
 FOREVER = ledger.Budget(float('inf'))
 
@@ -280,4 +285,208 @@ def test_missing_data_is_one_line(tmp_path):
     assert done.returncode == 1
     assert 'run.py: train_dataloader.dataset: no such file or folder' in done.stderr
     assert 'Traceback' not in done.stderr
+    assert not (tmp_path / 'results.csv').exists()
+
+
+# ---------------------------------------------------------------- transfer
+
+
+def test_plan_of_transfer():
+    runs = recipe.plan('cpu', ['coco', 'demo', 'cityscapes'])
+    assert len({ledger.name_of(run) for run in runs}) == len(runs)
+    # 4 norms at 3 batches for each of 4 comparisons, but BN at one image in the two of DeepLabV3+.
+    assert [run['seed'] for run in runs] == [0] * 46 + [1] * 46
+    assert list(dict.fromkeys((run['data'], run['task']) for run in runs)) == [
+        ('demo', 'det'),
+        ('demo', 'seg'),
+        ('cityscapes', 'seg'),
+        ('coco', 'det'),
+    ]
+    refused = [run for run in runs if (run['task'], run['norm'], run['batch']) == ('seg', 'BN', 1)]
+    assert not refused
+    assert {run['data'] for run in recipe.plan('gpu', ['coco'])} == {'coco'}
+
+
+@pytest.fixture
+def fine_tuning(tmp_path):
+    """The config of a run of transfer."""
+
+    def config_of(data='demo', task='det', norm='SSN', batch=2, size='cpu'):
+        run = dict(size=size, data=data, task=task, norm=norm, batch=batch, seed=1)
+        return recipe.config_of(run, {data: tmp_path / 'data'}, 'r18.pth', tmp_path / 'work')
+
+    return config_of
+
+
+@pytest.mark.parametrize(
+    ('task', 'norm', 'size'),
+    [
+        ('det', 'BN', 'cpu'),
+        ('det', 'SN', 'cpu'),
+        ('det', 'GN', 'gpu'),
+        ('seg', 'SSN', 'cpu'),
+        ('seg', 'GN', 'gpu'),
+    ],
+)
+def test_network_of_transfer_has_one_norm_throughout(task, norm, size, fine_tuning):
+    from mmengine.registry import MODELS, init_default_scope
+
+    pytest.importorskip({'det': 'mmdet', 'seg': 'mmseg'}[task])
+    config = fine_tuning(task=task, norm=norm, size=size)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)  # init_cfg is not used before init_weights()
+    kinds = {'BN': 'BatchNorm2d', 'GN': 'GroupNorm', 'SN': 'SN', 'SSN': 'SSN'}
+    found = [type(m).__name__ for m in model.modules() if type(m).__name__ in kinds.values()]
+    assert set(found) == {kinds[norm]}
+    assert len(found) > 20  # those of the backbone, and of the heads
+    width = recipe.SIZES[size]['channels']
+    assert model.backbone.conv1.out_channels == width
+    assert model.backbone.norm_eval == (norm == 'BN')
+    hooks = [hook.type for hook in config.custom_hooks]
+    assert ('SSNRadiusHook' in hooks) == (norm == 'SSN')
+    assert 'SSNResumeHook' in hooks
+
+
+@pytest.mark.parametrize(('task', 'batch'), [('det', 4), ('seg', 1)])
+def test_every_run_of_transfer_sees_as_many_images(task, batch, fine_tuning):
+    config = fine_tuning('demo', task, 'SSN', batch)
+    loader = config.train_dataloader
+    assert loader.batch_size == batch
+    images = recipe.SIZES['cpu']['images']['demo']
+    assert config.train_cfg.max_iters * batch == images
+    assert config.param_scheduler[1].end == config.train_cfg.max_iters
+    assert config.optim_wrapper.optimizer.lr == pytest.approx(recipe.LR[task] * batch / 4)
+    for sizes in recipe.SIZES.values():
+        assert all(
+            images % other == 0 for images in sizes['images'].values() for other in (1, 2, 4)
+        )
+
+
+def test_data_of_transfer(fine_tuning):
+    det = fine_tuning('coco')
+    heads = det.model.roi_head
+    assert heads.bbox_head.num_classes == heads.mask_head.num_classes == 1
+    assert det.train_dataloader.dataset.metainfo.classes == ('person',)
+    for loader in (det.train_dataloader, det.val_dataloader):
+        scales = [s['scale'] for s in loader.dataset.pipeline if s['type'] == 'Resize']
+        assert scales == [(224, 160)]
+    assert det.val_evaluator.ann_file.endswith('/data/annotations/instances_val2017.json')
+    seg = fine_tuning('cityscapes', 'seg')
+    assert seg.train_dataloader.dataset.type == 'CityscapesDataset'
+    assert seg.model.decode_head.num_classes == seg.model.auxiliary_head.num_classes == 19
+    crop = next(s for s in seg.train_dataloader.dataset.pipeline if s['type'] == 'RandomCrop')
+    assert crop['crop_size'] == seg.model.data_preprocessor.size == (128, 192)
+
+
+def test_bn_refuses_the_image_pooling_of_one_image(fine_tuning):
+    """Why the plan lacks that run."""
+    pytest.importorskip('mmseg')
+    from mmengine.registry import MODELS, init_default_scope
+
+    config = fine_tuning('demo', 'seg', 'BN', 1)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model).train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        model.decode_head(model.backbone(torch.rand(1, 3, 96, 128)))
+
+
+def test_a_run_of_transfer_in_pieces(tmp_path, monkeypatch):
+    """Backbone published, fine-tuned, interrupted by the budget, gone on with, evaluated."""
+    pytest.importorskip('mmseg')
+    import mmcv
+    from mmengine.registry import MODELS, init_default_scope
+
+    random = np.random.default_rng(0)
+    for split, count in (('train', 4), ('val', 2)):
+        for index in range(count):
+            for kind, shape, suffix, values in (
+                ('leftImg8bit', (96, 128, 3), 'leftImg8bit', 256),
+                ('gtFine', (96, 128), 'gtFine_labelTrainIds', 5),
+            ):
+                path = tmp_path / 'demo/cityscapes' / kind / split / f'{index}_{suffix}.png'
+                mmcv.imwrite(random.integers(values, size=shape, dtype=np.uint8), str(path))
+    images = dict(recipe.SIZES['cpu']['images'], demo=8)
+    monkeypatch.setitem(recipe.SIZES, 'cpu', dict(recipe.SIZES['cpu'], images=images))
+    init_default_scope('mmseg')
+    backbone = dict(type='SSNResNet', depth=18, base_channels=16, stem_channels=16)
+    trained = MODELS.build(backbone).state_dict()
+    folder = tmp_path / 'trained' / 'cpu_SSN_batch32_seed1'
+    folder.mkdir(parents=True)
+    checkpoint = {'state_dict': {f'backbone.{key}': value for key, value in trained.items()}}
+    torch.save(checkpoint, folder / 'epoch_8.pth')
+
+    def work(minutes):
+        run = dict(size='cpu', data='demo', task='seg', norm='SSN', batch=4, seed=1)
+        budget = ledger.Budget(minutes)
+        data = {'demo': tmp_path / 'demo'}
+        arguments = (data, tmp_path / 'trained', tmp_path / 'work' / 'run', budget, 'cpu')
+        return transfer_run.run_one(run, *arguments)
+
+    assert work(0) is None
+    row = work(10)
+    assert (row['iterations'], row['pieces'], row['undecided']) == (2, 2, 0)
+    assert 0 <= float(row['miou']) <= 100
+    assert float(row['mean_IN']) + float(row['mean_LN']) + float(row['mean_BN']) == pytest.approx(
+        1, abs=1e-3
+    )
+    assert (tmp_path / 'work' / 'backbones' / row['backbone']).is_file()
+
+
+TRANSFERRED = {
+    ('det', 'BN', 2): (30.0, 32.0),
+    ('det', 'SSN', 2): (41.0, 43.0),
+    ('det', 'SN', 2): (44.0,),
+    ('seg', 'SSN', 1): (3.0, 2.0),
+}
+
+
+def test_tables_of_transfer(tmp_path):
+    for (task, norm, batch), values in TRANSFERRED.items():
+        for seed, score in enumerate(values):
+            key = dict(size='cpu', data='demo', task=task, norm=norm, batch=batch, seed=seed)
+            own, other = (score, '') if task == 'det' else ('', score)
+            columns = dict(box_ap50=own, mask_ap50=own, miou=other, pixel_accuracy=other)
+            ledger.record(tmp_path / 'results.csv', key, [{**key, **columns, 'train_loss': 1.0}])
+    rows = ledger.read(tmp_path / 'results.csv')
+    det, seg = (transfer.Comparison(rows, 'demo', task) for task in ('det', 'seg'))
+    table = cells(transfer.score_table(det, 'box_ap50'))
+    assert table['SSN'] == ['not yet run', '42.0 (41.0-43.0)', 'not yet run', '0 / 2 / 0']
+    judged = cells(transfer.verdict_table(det))
+    assert judged['SSN against BN'] == ['not yet run', 'higher', 'not yet run']
+    assert judged['SSN against SN'] == ['not yet run', 'one seed', 'not yet run']
+    assert cells(transfer.score_table(seg, 'miou'))['BN'][2] == 'refused by torch'
+    assert cells(transfer.verdict_table(seg))['SSN against BN'][2] == 'not comparable'
+    assert det.learned
+    assert not seg.learned
+    text = transfer.report(rows)
+    assert 'No run got above 5 %' in text
+    assert 'coco, det: not yet run.' in text
+    from matplotlib.figure import Figure
+
+    assert isinstance(transfer.transfer_figure(rows, 'title'), Figure)
+
+
+def test_scores_in_percent():
+    found = transfer_run.scores('det', {'coco/bbox_mAP_50': 0.123, 'coco/segm_mAP_50': 0.1})
+    assert found == dict(box_ap50='12.30', mask_ap50='10.00', miou='', pixel_accuracy='')
+    found = transfer_run.scores('seg', {'mIoU': 45.6, 'aAcc': 90.0})
+    assert found == dict(box_ap50='', mask_ap50='', miou='45.60', pixel_accuracy='90.00')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'code', 'said'),
+    [
+        (['--data', 'demo'], 2, 'got demo, expected NAME=FOLDER'),
+        (['--data', 'demo=nowhere'], 1, 'no such file or folder'),
+    ],
+)
+def test_bad_input_of_transfer_is_one_line(arguments, code, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, 'argv', ['run.py', *arguments, '--work-dir', str(tmp_path), '--out', str(tmp_path)]
+    )
+    with pytest.raises(SystemExit) as caught:
+        transfer_run.main()
+    # A text is printed, and the status is 1.
+    assert (2 if caught.value.code == 2 else 1) == code
+    assert said in capsys.readouterr().err + str(caught.value.code)
     assert not (tmp_path / 'results.csv').exists()

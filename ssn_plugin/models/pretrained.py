@@ -169,13 +169,17 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
 def _in_names_of(
     own: Mapping[str, Tensor], state: OrderedDict[str, Tensor]
 ) -> OrderedDict[str, Tensor]:
-    """Keys as mmpretrain's ResNet calls them, where it differs from mmdet's and mmseg's."""
+    """Keys as the backbone calls them, where published files have other names.
+
+    That is so in mmpretrain, and with BatchNorm or GroupNorm in the backbone and in the file.
+    """
     if own.keys() <= state.keys():
         return state
+    same_norm = describe(state).norm in ('BN', 'GN')
     called = {
         ours: key
         for key, ours in our_names(own).items()
-        if key.startswith('stem.') or '.downsample.' in key
+        if same_norm or key.startswith('stem.') or '.downsample.' in key
     }
     return OrderedDict((called.get(key, key), value) for key, value in state.items())
 

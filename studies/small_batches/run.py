@@ -28,6 +28,7 @@ from studies.ledger import (
     work_through,
 )
 from studies.pieces import BudgetSpentError, PieceHook
+from studies.rules import set_rules, shares
 from studies.small_batches.analyze import BATCHES, NORMS
 
 SEEDS = (0, 1, 2)
@@ -70,18 +71,7 @@ def config_of(run: Row, data: Path, work_dir: Path) -> Config:
     if norm == 'GN':
         norm_cfg['num_groups'] = size['groups']
     iterations = sum(1 for _ in data.glob('train/*/*')) // batch
-    hooks = {hook.type: hook for hook in config.custom_hooks}
-    hooks['SSNRatioHook'].interval = max(iterations, 1)
-    if norm == 'SSN-radius0':
-        hooks['SSNRadiusHook'].end_radius = 0.0
-    rules = config.optim_wrapper.paramwise_cfg
-    if norm == 'SN':  # those of configs/_base_/sn_training.py
-        rules.update(ssn_lr_mult=1.0, ssn_decay_mult=0.0, ssn_clip_norm=None)
-        del hooks['SSNRadiusHook']
-    elif norm in ('BN', 'GN'):
-        del hooks['SSNRadiusHook'], hooks['SSNRatioHook']
-        del config.optim_wrapper.constructor, config.optim_wrapper.paramwise_cfg
-    config.custom_hooks = list(hooks.values())
+    set_rules(config, norm, max(iterations, 1))
     config.merge_from_dict(
         {
             'model.backbone.base_channels': channels,
@@ -92,7 +82,6 @@ def config_of(run: Row, data: Path, work_dir: Path) -> Config:
             'train_cfg.max_epochs': epochs,
             'train_cfg.val_begin': epochs + 1,  # run_one() evaluates, once, at the end
             'train_dataloader.batch_size': batch,
-            'default_hooks.logger.interval': max(iterations, 1),
             'randomness.seed': run['seed'],
         }
     )
@@ -159,20 +148,6 @@ def choices(run: Row, ratios: Sequence[LayerRatios]) -> list[Row]:
         for row in ratios
         for statistic in STATISTICS
     ]
-
-
-def shares(ratios: Sequence[LayerRatios]) -> dict[str, str]:
-    """Importance ratios averaged over layers: the share of the layers where all are one-hot.
-
-    Args:
-        ratios: Layer by layer; none for BN and GN.
-    """
-    found = {}
-    for statistic in STATISTICS:
-        for name in ('IN', 'LN', 'BN'):
-            values = [row.ratios(statistic)[name] for row in ratios]
-            found[f'{statistic}_{name}'] = f'{sum(values) / len(values):.4f}' if values else ''
-    return found
 
 
 def main() -> None:

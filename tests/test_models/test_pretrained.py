@@ -395,6 +395,22 @@ def test_the_chain_from_training_to_a_published_backbone(tmp_path, trained):
             assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize('norm', [dict(type='BN'), dict(type='GN', num_groups=4)])
+def test_a_published_backbone_with_an_ordinary_norm(host, file, norm, tmp_path):
+    """The file calls its norms as SSNResNet does, the backbone bn1 or gn1."""
+    trained = build(host, norm_cfg=norm)
+    for tensor in trained.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape))
+    save({'state_dict': {f'backbone.{k}': v for k, v in trained.state_dict().items()}}, file)
+    done = publish_backbone(file, tmp_path / 'r18.pth')
+    model = loaded(host, done.path, norm_cfg=norm)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert 'missing sn1.mean_weight' in message_of(host, done.path)
+    other = dict(type='BN') if norm['type'] == 'GN' else dict(type='GN', num_groups=4)
+    assert 'n1.running_mean' in message_of(host, done.path, norm_cfg=other)
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -1,0 +1,193 @@
+"""Fine-tune and evaluate every norm at every batch size: one row of results.csv per finished run.
+
+Runs that have a row are skipped, and an interrupted run goes on from its last checkpoint. Several
+processes may run this at the same time. Needs mmdet and mmseg.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mmengine.runner import Runner
+
+from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.checkpoint.publish import publish_backbone
+from ssn_plugin.engine.preflight import InputError, check_data
+from studies.ledger import (
+    Budget,
+    Row,
+    add_run_arguments,
+    choose_device,
+    name_of,
+    provenance,
+    work_through,
+)
+from studies.pieces import BudgetSpentError, PieceHook
+from studies.rules import shares
+from studies.small_batches import run as small_batches
+from studies.transfer.recipe import TASKS, config_of, plan
+
+# The run of small_batches that a backbone is of, but for norm and seed.
+PRETRAINED_BATCH = 32
+
+
+def backbone_of(run: Row, trained: Path, out: Path) -> str:
+    """The published backbone that a run starts from.
+
+    Args:
+        run: An entry of the plan.
+        trained: Work dir of the study on small batches.
+        out: Folder for published backbones.
+
+    Raises:
+        CheckpointError: If that study has not finished the run whose backbone it is.
+    """
+    source = dict(size=run['size'], norm=run['norm'], batch=PRETRAINED_BATCH, seed=run['seed'])
+    epochs = small_batches.SIZES[run['size']]['epochs']
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = trained / name_of(source) / f'epoch_{epochs}.pth'
+    return str(publish_backbone(checkpoint, out / f'{name_of(source)}.pth').path)
+
+
+def run_one(
+    run: Row, data: Mapping[str, Path], trained: Path, work_dir: Path, budget: Budget, device: str
+) -> Row | None:
+    """Train and evaluate one run.
+
+    Args:
+        run: An entry of the plan.
+        data: Name of each data set -> its folder.
+        trained: Work dir of the study on small batches.
+        work_dir: For logs and checkpoints.
+        budget: Ends the run behind a checkpoint.
+        device: 'cpu' or 'cuda'.
+
+    Returns:
+        The other fields of its row, or None if the budget ended before the run did.
+    """
+    backbone = backbone_of(run, trained, work_dir.parent / 'backbones')
+    runner = Runner.from_cfg(config_of(run, data, backbone, work_dir))
+    piece = PieceHook(budget)
+    runner.register_hook(piece)
+    try:
+        runner.train()
+    except BudgetSpentError:
+        return None
+    metrics = runner.val_loop.run()
+    losses = runner.message_hub.get_scalar('train/loss')
+    ratios = importance_ratios(runner.model)
+    return {
+        'iterations': runner.iter,
+        **scores(run['task'], metrics),
+        'train_loss': f'{losses.mean(max(runner.iter // 8, 1)):.4f}',
+        **shares(ratios),
+        'undecided': sum(not row.decided for row in ratios) if ratios else '',
+        'backbone': Path(backbone).name,
+        'wall_seconds': round(piece.seconds),
+        'pieces': piece.pieces,
+        **provenance(device),
+    }
+
+
+def scores(task: str, metrics: Mapping[str, float]) -> dict[str, str]:
+    """The results of a run, in percent: those of its task, the others empty.
+
+    Args:
+        task: 'det' or 'seg'.
+        metrics: Of CocoMetric or IoUMetric.
+    """
+    values = {
+        'box_ap50': metrics.get('coco/bbox_mAP_50'),
+        'mask_ap50': metrics.get('coco/segm_mAP_50'),
+        'miou': metrics.get('mIoU'),
+        'pixel_accuracy': metrics.get('aAcc'),
+    }
+    factor = {'det': 100, 'seg': 1}[task]
+    return {
+        name: '' if value is None else f'{factor * float(value):.2f}'
+        for name, value in values.items()
+    }
+
+
+def folder_of(text: str) -> tuple[str, Path]:
+    """Parse NAME=FOLDER.
+
+    Args:
+        text: As given to --data.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not that.
+    """
+    name, equals, folder = text.partition('=')
+    if name not in TASKS or not equals or not folder:
+        raise argparse.ArgumentTypeError(
+            f'got {text}, expected NAME=FOLDER with a NAME of {", ".join(TASKS)}'
+        )
+    return name, Path(folder)
+
+
+def main() -> None:
+    """Parse, check, work through the plan."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='example: python -m studies.transfer.run --data demo=data/demo coco=data/coco',
+    )
+    parser.add_argument(
+        '--data',
+        type=folder_of,
+        nargs='+',
+        required=True,
+        metavar='NAME=FOLDER',
+        help='demo: what tools/make_demo_dataset.py makes; coco, cityscapes: folders in the layout '
+        'of these; runs of data sets that are not named wait for another call',
+    )
+    parser.add_argument(
+        '--trained',
+        type=Path,
+        default=Path('work_dirs/studies/small_batches'),
+        help='work dir of small_batches (default: %(default)s)',
+    )
+    add_run_arguments(parser, 'transfer')
+    args = parser.parse_args()
+    choose_device(args.device)
+    data = dict(args.data)
+    runs = plan(args.size, list(data))
+    torch.set_num_threads(1)  # the same sums every time
+    budget = Budget(args.budget_minutes)
+    try:
+        check(runs, data, args.work_dir)
+        work_through(
+            runs,
+            args.work_dir,
+            args.out / 'results.csv',
+            budget,
+            lambda run, folder: run_one(run, data, args.trained, folder, budget, args.device),
+        )
+    except (InputError, CheckpointError) as error:
+        sys.exit(f'run.py: {error}')
+
+
+def check(runs: list[Row], data: Mapping[str, Path], work_dir: Path) -> None:
+    """Look for the data of every data set and task before the first run.
+
+    Args:
+        runs: The plan.
+        data: Name of each data set -> its folder.
+        work_dir: For logs and checkpoints.
+
+    Raises:
+        InputError: Naming what is missing.
+    """
+    first = {(run['data'], run['task']): run for run in reversed(runs)}
+    for run in first.values():
+        config = config_of(run, data, '', work_dir)
+        for split in ('train', 'val'):
+            check_data(config, split)
+
+
+if __name__ == '__main__':
+    main()
