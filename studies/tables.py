@@ -1,6 +1,11 @@
 """How the studies show repeated runs: mean and spread over seeds, tables, a verdict."""
 
 from collections.abc import Sequence
+from pathlib import Path
+
+from ssn_plugin.checkpoint.whole_file import whole_file
+
+BEGIN, END = '<!-- tables of analyze.py: begin -->', '<!-- end -->'
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -62,3 +67,19 @@ def verdict(ours: Sequence[float], theirs: Sequence[float], margin: float) -> st
     if abs(difference) > margin and max(ours) < min(theirs):
         return 'lower'
     return 'no difference seen'
+
+
+def put_into(page: Path, tables: str) -> None:
+    """Put the tables of a study between the marks of its page, which is left alone without them.
+
+    Args:
+        page: A README.md; a missing one is not made.
+        tables: In Markdown.
+    """
+    if not page.is_file():
+        return
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        with whole_file(page) as temporary:
+            temporary.write_text(f'{before}{BEGIN}\n\n{tables}\n\n{END}{after}')

@@ -207,6 +207,57 @@ def test_analyze_prints_and_draws(study, results, tmp_path):
     assert 'size cpu' in svg.read_text()
 
 
+PAGES = {
+    'small_batches': (small_batches.report, ['small_batches/results.csv']),
+    'sparsity': (sparsity.report, ['sparsity/results.csv', 'small_batches/results.csv']),
+    'selection': (selection.report, ['small_batches/selections.csv']),
+    'transfer': (transfer.report, ['transfer/results.csv']),
+}
+
+
+@pytest.mark.parametrize('study', PAGES)
+def test_the_tables_of_the_pages_are_those_of_the_rows(study):
+    """Run `python -m studies.STUDY.analyze` if this fails."""
+    report, files = PAGES[study]
+    expected = report(*(ledger.read(ROOT / 'studies' / file) for file in files))
+    page = (ROOT / 'studies' / study / 'README.md').read_text()
+    _, _, rest = page.partition(tables.BEGIN)
+    shown, end, _ = rest.partition(tables.END)
+    assert end
+    assert shown.strip() == expected
+
+
+def test_the_page_of_results_quotes_the_rows():
+    page = (ROOT / 'docs' / 'results.md').read_text()
+    rows = ledger.read(ROOT / 'studies' / 'small_batches' / 'results.csv')
+    found = small_batches.Results(rows, 'cpu')
+    for batch, norms in ((32, ('BN', 'GN', 'SN', 'SSN')), (2, ('BN', 'GN', 'SSN'))):
+        for norm in norms:
+            values = found.values('top1', norm, batch)
+            assert f'{sum(values) / len(values):.1f}' in page, (norm, batch)
+    choices = ledger.read(ROOT / 'studies' / 'small_batches' / 'selections.csv')
+    for norm in ('SN', 'SSN'):
+        shares = []
+        for batch in small_batches.BATCHES:
+            seeds = selection.of_run(choices, norm, batch).values()
+            mean = sum(selection.share(seed, 'BN') for seed in seeds) / len(seeds)
+            shares.append(f'{mean:.2f}'.removeprefix('0'))
+        assert ' / '.join(shares) in page, norm
+
+
+def test_tables_are_put_between_the_marks_alone(tmp_path):
+    page = tmp_path / 'README.md'
+    tables.put_into(page, 'new')
+    assert not page.exists()
+    page.write_text('no marks')
+    tables.put_into(page, 'new')
+    assert page.read_text() == 'no marks'
+    page.write_text(f'before {tables.BEGIN} old {tables.END} after')
+    tables.put_into(page, 'new')
+    tables.put_into(page, 'newer')
+    assert page.read_text() == f'before {tables.BEGIN}\n\nnewer\n\n{tables.END} after'
+
+
 def choices(picks: str, seed: str) -> list[dict[str, str]]:
     names = {'i': 'IN', 'l': 'LN', 'b': 'BN'}
     rows = []
@@ -460,7 +511,7 @@ def test_tables_of_transfer(tmp_path):
     assert not seg.learned
     text = transfer.report(rows)
     assert 'No run got above 5 %' in text
-    assert 'coco, det: not yet run.' in text
+    assert '`coco`, Mask R-CNN: not yet run.' in text
     from matplotlib.figure import Figure
 
     assert isinstance(transfer.transfer_figure(rows, 'title'), Figure)

@@ -19,7 +19,7 @@ from ssn_plugin.analysis.figures import (
 from ssn_plugin.analysis.places import place_of
 from studies.ledger import read
 from studies.small_batches.analyze import BATCHES
-from studies.tables import markdown, spread
+from studies.tables import markdown, put_into, spread
 
 CANDIDATES = ('IN', 'LN', 'BN')
 NORMS = ('SN', 'SSN', 'SSN-radius0')
@@ -207,6 +207,26 @@ def share_figure(rows: Sequence[Choice], title: str) -> Figure:
     return figure
 
 
+def report(rows: Sequence[Choice]) -> str:
+    """All tables, size by size.
+
+    Args:
+        rows: Of selections.csv.
+    """
+    parts = []
+    for size in sorted({row['size'] for row in rows}):
+        own = [row for row in rows if row['size'] == size]
+        parts += [
+            f'Size `{size}`, shares, mean (smallest-largest) over seeds:',
+            share_table(own),
+            'Shares of IN / LN / BN by depth, all seeds together:',
+            depth_table(own),
+            'Choices of two seeds that are equal:',
+            agreement_table(own),
+        ]
+    return '\n\n'.join(parts)
+
+
 def main() -> None:
     """Print the tables, write the figures."""
     folder = Path(__file__).parent
@@ -224,11 +244,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows = read(args.results / 'selections.csv')
+    text = report(rows)
+    print(text)
+    put_into(args.out / 'README.md', text)
     for size in sorted({row['size'] for row in rows}):
         own = [row for row in rows if row['size'] == size]
-        print(
-            f'size {size}\n\n{share_table(own)}\n\n{depth_table(own)}\n\n{agreement_table(own)}\n'
-        )
         seeds = ', '.join(sorted({row['seed'] for row in own}))
         title = f'What is chosen, size {size}, seeds {seeds} together'
         save_both(share_figure(own, title), args.out, f'shares_{size}')

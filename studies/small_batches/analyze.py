@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ssn_plugin.analysis.figures import new_figure, save_both
 from studies.ledger import read
-from studies.tables import markdown, spread, verdict
+from studies.tables import markdown, put_into, spread, verdict
 
 NORMS = ('BN', 'GN', 'SN', 'SSN', 'SSN-radius0')
 BATCHES = (32, 8, 2)
@@ -136,6 +136,26 @@ def accuracy_figure(results: Results, title: str) -> Figure:
     return figure
 
 
+def report(rows: Sequence[dict[str, str]]) -> str:
+    """All tables, size by size.
+
+    Args:
+        rows: Of results.csv.
+    """
+    parts = []
+    for size in sorted({row['size'] for row in rows}):
+        results = Results(rows, size)
+        parts += [
+            f'Size `{size}`, top-1 in %, mean (smallest-largest) over seeds:',
+            accuracy_table(results),
+            'Training loss over the last epoch:',
+            accuracy_table(results, 'train_loss', 2),
+            'By the rule of the protocol:',
+            verdict_table(results),
+        ]
+    return '\n\n'.join(parts)
+
+
 def main() -> None:
     """Print the tables, write the figures."""
     folder = Path(__file__).parent
@@ -150,12 +170,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows = read(args.results / 'results.csv')
+    text = report(rows)
+    print(text)
+    put_into(args.out / 'README.md', text)
     for size in sorted({row['size'] for row in rows}):
         results = Results(rows, size)
         (epochs,) = {row['epochs'] for row in results.rows}
-        print(f'size {size}, top-1 in %:\n\n{accuracy_table(results)}\n')
-        print(f'train loss over the last epoch:\n\n{accuracy_table(results, "train_loss", 2)}\n')
-        print(f'{verdict_table(results)}\n')
         title = f'Small batches, size {size}, {epochs} epochs\none mark per seed, line: mean'
         save_both(accuracy_figure(results, title), args.out, f'top1_{size}')
 

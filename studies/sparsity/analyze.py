@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ssn_plugin.analysis.figures import new_figure, save_both
 from studies.ledger import read
 from studies.small_batches.analyze import BATCHES, MARGIN, STYLE, Results
-from studies.tables import markdown, spread, verdict
+from studies.tables import markdown, put_into, spread, verdict
 
 OTHERS = ('SN', 'SSN-radius0')
 EXACT = 1e-5  # see README.md
@@ -113,6 +113,24 @@ def sparsity_figure(results: Results, title: str) -> Figure:
     return figure
 
 
+def report(rows: Sequence[dict[str, str]], trained: Sequence[dict[str, str]]) -> str:
+    """All tables, size by size.
+
+    Args:
+        rows: Of results.csv.
+        trained: Of the results.csv of the study on small batches.
+    """
+    parts = []
+    for size in sorted({row['size'] for row in trained}):
+        parts += [
+            f'Size `{size}`, top-1 in %, mean (smallest-largest) over seeds:',
+            training_table(Results(trained, size)),
+            'As trained and collapsed:',
+            collapse_table([row for row in rows if row['size'] == size]),
+        ]
+    return '\n\n'.join(parts)
+
+
 def main() -> None:
     """Print the tables, write the figures."""
     folder = Path(__file__).parent
@@ -133,10 +151,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows, trained = read(args.results / 'results.csv'), read(args.trained_results / 'results.csv')
+    text = report(rows, trained)
+    print(text)
+    put_into(args.out / 'README.md', text)
     for size in sorted({row['size'] for row in trained}):
         results = Results(trained, size)
-        own = [row for row in rows if row['size'] == size]
-        print(f'size {size}\n\n{training_table(results)}\n\n{collapse_table(own)}\n')
         title = f'SSN minus what stays mixed, size {size}\none mark per seed, grey: no difference'
         save_both(sparsity_figure(results, title), args.out, f'difference_{size}')
 

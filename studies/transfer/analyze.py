@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from ssn_plugin.analysis.figures import new_figure, save_both
 from studies.ledger import read
 from studies.small_batches.analyze import STYLE
-from studies.tables import markdown, spread, verdict
+from studies.tables import markdown, put_into, spread, verdict
 from studies.transfer.recipe import BATCHES, IMPOSSIBLE, NORMS, TASKS
 
 MARGIN = 5.0  # percentage points, see README.md
@@ -19,6 +19,7 @@ ALL_SCORES = {
     'det': (('box_ap50', 'box AP50'), ('mask_ap50', 'mask AP50')),
     'seg': (('miou', 'mIoU'), ('pixel_accuracy', 'pixel accuracy')),
 }
+NETWORKS = {'det': 'Mask R-CNN', 'seg': 'DeepLabV3+'}
 COMPARISONS = [(name, task) for name, tasks in TASKS.items() for task in tasks]
 
 
@@ -107,29 +108,31 @@ def _images(batch: int) -> str:
 
 
 def report(rows: Sequence[dict[str, str]]) -> str:
-    """All tables of one size.
+    """All tables, size by size.
 
     Args:
-        rows: Of results.csv, of one size.
+        rows: Of results.csv.
     """
     parts = []
-    for data, task in COMPARISONS:
-        comparison = Comparison(rows, data, task)
-        if not comparison.rows:
-            parts.append(f'{data}, {task}: not yet run.')
-            continue
-        for column, name in ALL_SCORES[task]:
-            parts.append(f'{data}, {name} in %:\n\n{score_table(comparison, column)}')
-        parts.append(
-            f'{data}, {task}, train loss at the end:\n\n{score_table(comparison, "train_loss", 2)}'
-        )
-        if comparison.learned:
-            parts.append(verdict_table(comparison))
-        else:
-            parts.append(
-                f'No run got above {FLOOR:.0f} %: the comparison says nothing about the norms.'
-            )
-    return '\n\n'.join(parts)
+    for size in sorted({row['size'] for row in rows}):
+        parts.append(f'Size `{size}`, in %, mean (smallest-largest) over seeds.')
+        own = [row for row in rows if row['size'] == size]
+        for data, task in COMPARISONS:
+            parts += _tables(Comparison(own, data, task))
+    return '\n\n'.join(parts) or 'Not yet run.'
+
+
+def _tables(comparison: Comparison) -> list[str]:
+    name = f'`{comparison.data}`, {NETWORKS[comparison.task]}'
+    if not comparison.rows:
+        return [f'{name}: not yet run.']
+    parts = []
+    for column, score in ALL_SCORES[comparison.task]:
+        parts += [f'{name}, {score}:', score_table(comparison, column)]
+    parts += [f'{name}, training loss at the end:', score_table(comparison, 'train_loss', 2)]
+    if comparison.learned:
+        return [*parts, 'By the rule of the protocol:', verdict_table(comparison)]
+    return [*parts, f'No run got above {FLOOR:.0f} %, so this says nothing about norms.']
 
 
 def transfer_figure(rows: Sequence[dict[str, str]], title: str) -> Figure:
@@ -185,9 +188,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     rows = read(args.results / 'results.csv')
+    text = report(rows)
+    print(text)
+    put_into(args.out / 'README.md', text)
     for size in sorted({row['size'] for row in rows}):
         own = [row for row in rows if row['size'] == size]
-        print(f'size {size}\n\n{report(own)}\n')
         seeds = ', '.join(sorted({row['seed'] for row in own}))
         title = (
             f'Fine-tuned at small batches, size {size}, seeds {seeds}: a mark per run, line: mean'
