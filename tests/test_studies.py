@@ -97,6 +97,18 @@ def test_an_error_of_the_work_itself_comes_through(tmp_path):
         assert mine
 
 
+def test_an_error_within_a_claim_comes_out_as_it_is(tmp_path):
+    def work_on_a_claim():
+        with ledger.claimed(tmp_path / 'run') as mine:
+            assert mine
+            raise BlockingIOError
+
+    with pytest.raises(BlockingIOError):
+        work_on_a_claim()
+    with ledger.claimed(tmp_path / 'run') as mine:
+        assert mine
+
+
 def test_budget(tmp_path):
     def never(run, work_dir):
         raise AssertionError
