@@ -2,7 +2,7 @@
 # All GPU figures in one call of under 8 minutes: checks the kernels on this GPU first, then measures.
 #     pip install triton pytest && bash benchmarks/run_gpu.sh
 # Prints tables and writes benchmarks/results/*_cuda*.csv. Without mmdet and mmseg the whole training
-# steps are left out, and it says so.
+# steps and inference are left out, and it says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
@@ -24,7 +24,8 @@ start=$SECONDS
 "$PYTHON" benchmarks/sparsestmax.py --device cuda
 if "$PYTHON" -c 'import mmdet, mmseg' 2>/dev/null; then
     "$PYTHON" benchmarks/training_step.py --device cuda --height 800 --width 1344 --rois 512 --seconds 20
+    "$PYTHON" benchmarks/deployment.py --device cuda --seconds 20
 else
-    echo 'training_step.py was not run: mmdet or mmseg is not installed'
+    echo 'training_step.py and deployment.py were not run: mmdet or mmseg is not installed'
 fi
 echo "done in $((SECONDS - start)) s"

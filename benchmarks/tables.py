@@ -106,6 +106,31 @@ def step_table(rows: list[dict[str, str]]) -> str:
     return markdown(head, lines)
 
 
+def deployment_table(rows: list[dict[str, str]]) -> str:
+    """Inference before and after collapsing and folding.
+
+    Args:
+        rows: Of deployment_DEVICE.csv.
+    """
+    lines = [
+        [
+            row['network'],
+            row['selection'],
+            row['form'],
+            f'{float(row["s"]):.3f}',
+            *(
+                f'{float(row[key]):.3f} ({float(row[f"{key}_p20"]):.3f} to '
+                f'{float(row[f"{key}_p80"]):.3f})'
+                for key in ('ratio', 'to_undecided')
+            ),
+            row['rounds'],
+        ]
+        for row in rows
+    ]
+    head = ['network', 'selection', 'form', 's', 'ratio to folded BN', 'ratio to undecided SSN']
+    return markdown([*head, 'rounds'], lines)
+
+
 def sparsestmax_table(rows: list[dict[str, str]]) -> str:
     """SparsestMax alone.
 
@@ -125,6 +150,8 @@ def tables() -> str:
         ('Layer, GPU, bfloat16', 'layer_cuda_bfloat16', layer_table),
         ('Training step, CPU', 'training_step_cpu', step_table),
         ('Training step, GPU', 'training_step_cuda', step_table),
+        ('Deployment, CPU', 'deployment_cpu', deployment_table),
+        ('Deployment, GPU', 'deployment_cuda', deployment_table),
         ('SparsestMax, CPU', 'sparsestmax_cpu', sparsestmax_table),
         ('SparsestMax, GPU', 'sparsestmax_cuda', sparsestmax_table),
     ):

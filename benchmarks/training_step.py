@@ -63,7 +63,9 @@ def built(network: str, norm: str, rois: int, device: torch.device) -> tuple[nn.
     else:
         cfg.model.data_preprocessor.update(size=None, size_divisor=1)  # not padded to the crop size
     if stem == 'bn':
-        _replace_sync_bn(cfg.model)
+        replace_norm(
+            cfg.model, 'SyncBN', dict(type='BN')
+        )  # of one process it is BN, and needs no GPU
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).to(device).train()
     if norm.startswith('SSN'):
@@ -76,16 +78,23 @@ def built(network: str, norm: str, rois: int, device: torch.device) -> tuple[nn.
     return model, build_optim_wrapper(model, cfg.optim_wrapper)
 
 
-def _replace_sync_bn(node: object) -> None:
-    """SyncBN of one process is BN, and does not exist on a CPU."""
+def replace_norm(node: object, old: str, new: dict) -> None:
+    """Another norm wherever a config names that one.
+
+    Args:
+        node: A config or a part of one; changed in place.
+        old: Type of the norm that is replaced.
+        new: What stands there instead.
+    """
     if isinstance(node, dict):
-        if node.get('type') == 'SyncBN':
-            node['type'] = 'BN'
+        if node.get('type') == old:
+            node.clear()
+            node.update(new)
         for child in node.values():
-            _replace_sync_bn(child)
+            replace_norm(child, old, new)
     elif isinstance(node, list | tuple):
         for child in node:
-            _replace_sync_bn(child)
+            replace_norm(child, old, new)
 
 
 def batch(network: str, height: int, width: int, rois: int) -> dict:

@@ -166,18 +166,6 @@ class _Call(NamedTuple):
     operators: list[tuple[object, tuple, object]]  # operator, arguments, result
 
 
-class _Geometry(NamedTuple):
-    """How a tensor lies in its storage."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-def _geometry(x: Tensor) -> _Geometry:
-    return _Geometry(x.shape, x.stride(), x.storage_offset())
-
-
 def _storages(values: object) -> set[StorageWeakRef]:
     return {
         StorageWeakRef(x.untyped_storage())
@@ -198,7 +186,7 @@ class _Flow(TorchDispatchMode):
         self._layers: dict[str, nn.Module] = {}
         self._owners: dict[StorageWeakRef, set[str]] = defaultdict(set)  # of parameters, buffers
         self._calls: list[_Call] = []
-        self._outputs: dict[StorageWeakRef, tuple[str, _Geometry]] = {}  # of convolutions
+        self._outputs: dict[StorageWeakRef, str] = {}  # of convolutions
         self._norms_after: dict[str, set[str]] = defaultdict(set)
         self._convs_before: dict[str, set[str]] = defaultdict(set)
         self._excluded: set[str] = set()
@@ -257,7 +245,7 @@ class _Flow(TorchDispatchMode):
     def _exclude_sources(self, *values: object) -> None:
         """Something else than a BatchNorm reads these."""
         for storage in _storages(values) & self._outputs.keys():
-            self._excluded.add(self._outputs[storage][0])
+            self._excluded.add(self._outputs[storage])
 
     def _finish_conv(self, call: _Call, output: object) -> None:
         layer = self._layers[call.name]
@@ -267,8 +255,7 @@ class _Flow(TorchDispatchMode):
             function, args, result = uses[0]
             plain = function is torch.ops.aten.convolution.default and result is output
             if plain and args[1] is layer.weight and args[2] is layer.bias:
-                storage = StorageWeakRef(output.untyped_storage())
-                self._outputs[storage] = (call.name, _geometry(output))
+                self._outputs[StorageWeakRef(output.untyped_storage())] = call.name
                 return
         self._excluded.add(call.name)
 
@@ -281,9 +268,10 @@ class _Flow(TorchDispatchMode):
             own = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
             if plain and all(a is b for a, b in zip(args[1:5], own, strict=True)):
                 source = self._outputs.get(StorageWeakRef(args[0].untyped_storage()))
-                if source and source[1] == _geometry(args[0]) and result[0] is output:
-                    self._norms_after[source[0]].add(call.name)
-                    self._convs_before[call.name].add(source[0])
+                if source is not None and result[0] is output:
+                    # A view of the source would have been an operator more.
+                    self._norms_after[source].add(call.name)
+                    self._convs_before[call.name].add(source)
                     return
         self._excluded.add(call.name)
         for _, args, _ in call.operators:
@@ -297,7 +285,7 @@ class _Flow(TorchDispatchMode):
         """An output that outlives the run is one of the model's, or was put somewhere."""
         if not all(storage.expired() for storage in self._outputs):
             gc.collect()
-        for storage, (name, _) in self._outputs.items():
+        for storage, name in self._outputs.items():
             if not storage.expired():
                 self._excluded.add(name)
 
