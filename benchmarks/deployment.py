@@ -119,6 +119,7 @@ def relative_difference(ours: object, theirs: object) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
+@torch.no_grad()
 def variants(
     network: str, x: Tensor, selections: list[str], device: torch.device
 ) -> dict[tuple[str, str], nn.Module]:
@@ -192,8 +193,7 @@ def main() -> None:
     for network in args.networks:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 3, args.height, args.width, generator=generator).to(device)
-        with torch.no_grad():
-            models = variants(network, x, args.selections, device)
+        models = variants(network, x, args.selections, device)
         steps = {
             key: functools.partial(timed, network, model, x, device)
             for key, model in models.items()

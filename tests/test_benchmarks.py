@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
 from ssn_plugin import SSN
 
@@ -157,6 +158,50 @@ def test_training_step(benchmark, network, norm):
     figures = script.run_once(model, optim_wrapper, script.batch(network, 64, 96, 4), cpu)
     assert figures['step'] > 0
     assert not torch.equal(model.backbone.conv1.weight, before)
+
+
+@pytest.mark.slow
+def test_deployment(run, benchmark):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    script = benchmark('deployment')
+    size = ('--height', '32', '--width', '64', '--rounds', '3')
+    selections = ('--selections', 'all BN', 'all LN')
+    rows = run('deployment', '--networks', 'deeplabv3plus', *selections, *size)
+    forms = [(row['selection'], row['form']) for row in rows]
+    assert len(set(forms)) == len(forms) == 8
+    # All of them are compared with this one. Of LN alone there is nothing to fold.
+    assert {row['ratio'] for row in rows if row['form'] == script.BASELINE} == {'1.0000'}
+    assert ('all LN', 'collapsed, folded') not in forms
+
+
+def test_deployment_selections(benchmark):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    script = benchmark('deployment')
+    model = nn.Sequential(*(SSN(4) for _ in range(9)))
+    chosen = {name: [m.selected for m in script.decided(model, name)] for name in script.SELECTIONS}
+    assert set(chosen['all LN']) == {('LN', 'LN')}
+    assert Counter(chosen['thirds']) == {(name, name): 3 for name in ('IN', 'LN', 'BN')}
+    apart = chosen[script.APART]
+    assert any(mean != var for mean, var in apart)
+    for choices in zip(*apart, strict=True):
+        assert Counter(choices) == {'IN': 3, 'LN': 3, 'BN': 3}
+    assert all(None in layer.selected for layer in model)  # copies were decided
+
+
+def test_nothing_is_timed_that_computes_something_else(benchmark, monkeypatch):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    script = benchmark('deployment')
+
+    def wrong(model):
+        nn.init.zeros_(model.backbone.conv1.weight)
+        return model
+
+    monkeypatch.setattr(script, 'fuse_conv_bn', wrong)
+    with pytest.raises(SystemExit, match=r'mask-rcnn: outputs differ by .* nothing was measured'):
+        script.variants('mask-rcnn', torch.randn(1, 3, 64, 64), [], torch.device('cpu'))
 
 
 def test_no_figure_where_parity_fails(benchmark, monkeypatch, tmp_path):
