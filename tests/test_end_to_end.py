@@ -163,6 +163,67 @@ def test_inference_interfaces(trained, folder, monkeypatch):
         assert np.isfinite(found.seg_logits.data.numpy()).all()
 
 
+@pytest.fixture(scope='module')
+def collapsed(trained, folder) -> tuple[Path, Path]:
+    """Config and checkpoint that tools/collapse.py writes."""
+    scope, work_dir = trained
+    out = folder / f'collapsed-{scope}' / 'model.pth'
+    out.parent.mkdir()
+    arguments = [CONFIGS[scope], work_dir / 'iter_6.pth', out, '--num-images', '2']
+    log = run(folder, ROOT / 'tools/collapse.py', *arguments)
+    assert re.search(r'outputs on 2 images: largest difference \d\.\de[-+]\d\d, mean', log)
+    assert re.search(r'(\d+) of \1 pixels of equal class|(\d+) of \2 boxes matched|no box has', log)
+    return out.with_suffix('.py'), out
+
+
+def test_the_collapsed_model_tests_the_same(trained, collapsed, folder, tmp_path):
+    """By the host's own script."""
+    scope, work_dir = trained
+    validated = [record for record in scalars(work_dir) if METRICS[scope][0] in record][-1]
+    stock = Path(__import__(scope).__file__).parent / '.mim/tools/test.py'
+    run(folder, stock, *collapsed, '--work-dir', tmp_path)
+    (path,) = tmp_path.glob('*/*.json')
+    tested = json.loads(path.read_text())
+    for name in METRICS[scope]:
+        assert tested[name] == validated[name]
+
+
+def test_inference_interfaces_of_the_collapsed_model(trained, collapsed, folder, monkeypatch):
+    monkeypatch.delenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', raising=False)
+    scope, work_dir = trained
+    pairs = [(CONFIGS[scope], work_dir / 'iter_6.pth'), collapsed]
+    if scope == 'mmdet':
+        from mmdet.apis import DetInferencer, inference_detector, init_detector
+
+        picture = str(next((folder / 'data/demo/coco/val2017').glob('*.jpg')))
+        found = [
+            inference_detector(init_detector(str(config), str(weights), device='cpu'), picture)
+            for config, weights in pairs
+        ]
+        alone = DetInferencer(weights=str(collapsed[1]), device='cpu', show_progress=False)
+        found += alone(picture, return_datasamples=True)['predictions']
+        first, *others = (each.pred_instances for each in found)
+        assert len(first)
+        for other in others:
+            torch.testing.assert_close(other.bboxes, first.bboxes, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(other.scores, first.scores, rtol=1e-4, atol=1e-5)
+            assert torch.equal(other.labels, first.labels)
+    else:
+        from mmseg.apis import MMSegInferencer, inference_model, init_model
+
+        picture = str(next((folder / 'data/demo/cityscapes/leftImg8bit/val').rglob('*.png')))
+        first, second = (
+            inference_model(init_model(str(config), str(weights), device='cpu'), picture)
+            for config, weights in pairs
+        )
+        torch.testing.assert_close(
+            second.seg_logits.data, first.seg_logits.data, rtol=1e-4, atol=1e-5
+        )
+        inferencer = MMSegInferencer(*map(str, collapsed), device='cpu')
+        labels = inferencer(picture, show=False, return_datasamples=True)
+        assert torch.equal(labels.pred_sem_seg.data, second.pred_sem_seg.data)
+
+
 def test_resume_reads_the_latest_checkpoint_first(folder, tmp_path):
     """Before mmengine, which would unpickle what is refused."""
     (tmp_path / 'iter_3.pth').write_text('<html>404</html>')

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from mmengine.analysis import get_model_complexity_info
 from mmengine.logging import MMLogger
-from torch import Tensor, nn
+from torch import nn
 
+from ssn_plugin.deploy.constant_ratios import ConstantRatioNorm
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.ops.statistics import Settings
-from ssn_plugin.ops.switchable_norm_plain import switchable_norm
 
 
 class Complexity(NamedTuple):
@@ -73,7 +72,7 @@ def _counted_norms(model: nn.Module) -> Iterator[Counter]:
             hooks.append(layer.register_forward_pre_hook(count))
     traced = [layer for layer in model.modules() if isinstance(layer, SwitchableNorm)]
     for layer in traced:
-        layer.forward = partial(_plain_forward, layer)
+        layer.forward = ConstantRatioNorm(layer).forward  # in operators that can be traced
     try:
         yield counts
     finally:
@@ -81,20 +80,6 @@ def _counted_norms(model: nn.Module) -> Iterator[Counter]:
             del layer.forward
         for hook in hooks:
             hook.remove()
-
-
-def _plain_forward(layer: SwitchableNorm, x: Tensor) -> Tensor:
-    """Of a layer in evaluation, in operators that the counter can trace."""
-    return switchable_norm(
-        x,
-        layer.mean_ratios.tolist(),
-        layer.var_ratios.tolist(),
-        layer.weight,
-        layer.bias,
-        layer.running_mean,
-        layer.running_var,
-        Settings(layer.normalizers, layer.num_groups, layer.correction, layer.eps),
-    )
 
 
 def _reads_statistics(layer: nn.Module) -> bool:

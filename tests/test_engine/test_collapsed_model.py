@@ -5,6 +5,7 @@ import copy
 import pytest
 from decided_models import decided_model, demo_config
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -31,6 +32,12 @@ def test_the_written_config_builds_the_collapsed_model(scope):
     ]
     assert not [m for m in built.modules() if isinstance(m, SSN)]
     built.load_state_dict(collapsed.state_dict())
+    # As the hosts' --tta wraps it; a Runner fills what is inside.
+    tta = {'mmdet': 'DetTTAModel', 'mmseg': 'SegTTAModel'}[scope]
+    with DefaultScope.overwrite_default_scope(scope):
+        wrapped = MODELS.build(dict(type=tta, module=again.model))
+    assert is_model_wrapper(wrapped)
+    wrapped.module.load_state_dict(collapsed.state_dict())
 
 
 def test_a_root_registry_without_scope():
