@@ -15,8 +15,12 @@ from mmengine.logging import MMLogger
 from torch import nn
 
 from ssn_plugin.deploy.constant_ratios import ConstantRatioNorm
+from ssn_plugin.layers.plain_norms import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
+
+# Of these the counter sees operators that it does not count.
+_COUNTED_HERE = (SwitchableNorm, SelectedNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d)
 
 
 class Complexity(NamedTuple):
@@ -37,9 +41,9 @@ def complexity_of(model: nn.Module, batch: dict) -> Complexity:
 
     It counts convolutions, matrix products and torch's normalization layers: 5 per number for
     statistics of the input, 2 for batch norm in evaluation, one less without weight and bias. Of
-    SSN, SN and SelectedNorm it sees operators that it does not count, so they are counted here at
-    the same rates. Activations, additions, pooling and what follows the network (non-maximum
-    suppression, drawing of masks) it leaves out.
+    SSN, SN, SelectedNorm and our InstanceNorm it sees operators that it does not count, so they are
+    counted here at the same rates. Activations, additions, pooling and what follows the network
+    (non-maximum suppression, drawing of masks) it leaves out.
 
     Args:
         model: A model of OpenMMLab in evaluation.
@@ -63,10 +67,10 @@ def _counted_norms(model: nn.Module) -> Iterator[Counter]:
     counts: Counter = Counter()
     hooks = [model.register_forward_pre_hook(lambda *_: counts.clear())]
     for name, layer in model.named_modules():
-        if isinstance(layer, SwitchableNorm | SelectedNorm):
+        if isinstance(layer, _COUNTED_HERE):
+            rate = (5 if _reads_statistics(layer) else 2) - (not layer.affine)
 
-            def count(layer: nn.Module, inputs: tuple, name: str = name) -> None:
-                rate = (5 if _reads_statistics(layer) else 2) - (not layer.affine)
+            def count(_, inputs: tuple, name: str = name, rate: int = rate) -> None:
                 counts[name] += rate * int(inputs[0].numel())
 
             hooks.append(layer.register_forward_pre_hook(count))
@@ -84,10 +88,12 @@ def _counted_norms(model: nn.Module) -> Iterator[Counter]:
 
 def _reads_statistics(layer: nn.Module) -> bool:
     """Whether a layer needs statistics of its input in evaluation."""
-    if isinstance(layer, SelectedNorm):
+    if isinstance(layer, SwitchableNorm):
+        chosen = layer.selected
+    elif isinstance(layer, SelectedNorm):
         chosen = (layer.mean_source, layer.var_source)
     else:
-        chosen = layer.selected
+        chosen = ('IN',)
     return not layer.track_running_stats or any(name != 'BN' for name in chosen)
 
 

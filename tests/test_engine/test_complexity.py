@@ -50,6 +50,8 @@ def test_switchable_layers_count_as_torch_layers():
         (decided('BN', 'BN'), 2),
         (decided('LN', 'LN'), 5),
         (decided('BN', 'LN'), 5),
+        (decided('IN', 'IN'), 5),
+        (decided('IN', 'IN', affine=False), 4),
         (decided('BN', 'BN', affine=False), 1),
         (decided('LN', 'IN', affine=False), 4),
         (decided('BN', 'BN', track_running_stats=False), 5),
