@@ -18,6 +18,11 @@ WRONG = {
     'demo.py': (['det', '--work-dir', 'out'], 1, 'no such file: configs/demo/'),
     'dist_test.sh': (['config.py', 'nothing.pth', 'many'], 2, "got NPROC 'many'"),
     'dist_train.sh': (['config.py', 'many'], 2, "got NPROC 'many'"),
+    'export_onnx.py': (
+        ['nothing.py', 'nothing.pth', 'out.onnx'],
+        1,
+        'config: no such file: nothing.py',
+    ),
     'inspect_checkpoint.py': (['file'], 1, 'file: truncated, or not a checkpoint'),
     'make_demo_dataset.py': (['file'], 1, 'file is a file'),
     'make_demo_image_folder.py': (['file'], 1, 'file is a file'),

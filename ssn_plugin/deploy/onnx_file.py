@@ -136,6 +136,8 @@ def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> 
 
 
 def _packages() -> tuple:
+    if not hasattr(getattr(torch.export, 'Dim', None), 'DYNAMIC'):
+        raise ExportError(f'torch: got {torch.__version__}, expected a newer one, such as 2.13')
     try:
         import onnx
         import onnxruntime
@@ -160,8 +162,8 @@ def _group_norm(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not used and on its own code."""
-    logger = logging.getLogger('torch.onnx')
+    """Without remarks on absent packages, unsolved sizes and code of torch."""
+    logger = logging.getLogger('torch')
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -149,6 +149,14 @@ def test_opset(opset):
         check_opset(opset)
 
 
+def test_a_torch_without_the_exporter(monkeypatch):
+    monkeypatch.delattr(torch.export.Dim, 'DYNAMIC')
+    with pytest.raises(
+        ExportError, match=r'^torch: got 2\..*, expected a newer one, such as 2.13$'
+    ):
+        check_opset(20)
+
+
 def test_relative_difference():
     y = torch.tensor([1.0, -4.0])
     assert relative_difference([y + 1], [y]) == 0.25

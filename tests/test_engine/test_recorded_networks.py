@@ -1,0 +1,31 @@
+"""torch.export and torch.jit.trace of whole collapsed networks hold for every size of input."""
+
+import copy
+
+import pytest
+import torch
+from decided_models import decided_model, demo_config, relative_difference
+
+from ssn_plugin import SSN, collapse_ssn, hold_ratios
+from ssn_plugin.engine.onnx_export import Features, Logits
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
+def test_demo_networks(scope):
+    model = decided_model(demo_config(scope, correction=1))
+    network = (Features if scope == 'mmdet' else Logits)(model).eval()
+    undecided = next(layer for layer in network.modules() if isinstance(layer, SSN))
+    undecided.reset_parameters()
+    recorded = hold_ratios(collapse_ssn(copy.deepcopy(network), keep_undecided=True))
+    assert not [layer for layer in recorded.modules() if isinstance(layer, SSN)]
+    example = torch.randn(2, 3, 96, 128)
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(recorded, (example,), dynamic_shapes=(sizes,)).module()
+    traced = torch.jit.trace(recorded, example, check_trace=False)
+    for shape in ((1, 3, 64, 64), (3, 3, 97, 161), (2, 3, 160, 96)):
+        x = torch.randn(shape)
+        expected = network(x)
+        for run in (program, traced):
+            assert relative_difference(run(x), expected) < 1e-5
