@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssn_plugin.ops.statistics import Settings
 from ssn_plugin.ops.switchable_norm_plain import switchable_norm
 
-# The exporter's operators are written for it; a conversion to an older one may fail half-way.
+# torch's exporter writes it; asked for an older one, torch 2.13 fails to convert and keeps this one.
 MIN_OPSET = 18
 DEFAULT_OPSET = 20
 INPUT = 'input'
