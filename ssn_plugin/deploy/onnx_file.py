@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssn_plugin.ops.statistics import Settings
 from ssn_plugin.ops.switchable_norm_plain import switchable_norm
 
-# torch's exporter writes it; asked for an older one, torch 2.13 fails to convert and keeps this one.
+# What torch's exporter writes; asked for an older one, torch 2.13 fails to convert and keeps it.
 MIN_OPSET = 18
 DEFAULT_OPSET = 20
 INPUT = 'input'
@@ -49,8 +49,8 @@ def write_onnx(
 ) -> None:
     """Record a network of images (N, 3, H, W) and write it as one file.
 
-    Group norm is written as means and deviations from them: ONNX Runtime's operator adds up a
-    group in one float32, which over 4 million elements is off by 1e-3.
+    Group norm is written as means and deviations from them: by torch's exporter it would become an
+    InstanceNormalization, whose result over 4 million elements is off by 1e-3 in ONNX Runtime.
 
     Args:
         network: In evaluation, without SSN or SN layers (:func:`ssn_plugin.hold_ratios`); returns a
