@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ssn_plugin.analysis.figures import new_figure, plain
+from ssn_plugin.analysis.figures import new_figure, write_title
 from ssn_plugin.analysis.run_logs import RunLogs
 
 _STYLES = ('-', '--', '-.', ':')
@@ -42,7 +42,7 @@ def curves_figure(logs: RunLogs, title: str) -> Figure | None:
         ax.set_ylim(bottom=0)
         ax.spines[['top', 'right']].set_visible(False)
     axes[-1].set_xlabel('iteration')
-    figure.suptitle(plain(title))
+    write_title(figure, title)
     return figure
 
 

@@ -6,6 +6,7 @@ Importing this module imports matplotlib.
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.transforms import ScaledTranslation
 
 from ssn_plugin.checkpoint.whole_file import whole_file
 
@@ -51,6 +53,18 @@ def plain(text: str) -> str:
         text: Any text.
     """
     return text.replace('$', r'\$')
+
+
+def write_title(figure: Figure, title: str) -> None:
+    """Write a title between the borders and the legend, in more lines where it is too long.
+
+    Args:
+        figure: Gets it.
+        title: Lines of text; the first may hold the name of a file.
+    """
+    # As the title is centred, twice the legend's inch is lost; about 9.5 letters fill an inch.
+    wide = max(int(9.5 * (figure.get_size_inches()[0] - 2)), 20)
+    figure.suptitle('\n'.join(plain(fill(line, wide)) for line in title.split('\n')))
 
 
 def normalizer_style(name: str) -> dict:
@@ -94,7 +108,7 @@ def used_normalizers(candidates: Iterable[Sequence[str]]) -> list[str]:
 
 
 def mark_stages(axes: Sequence[Axes], stages: Sequence[str], first: int = 0) -> None:
-    """Shade every other stage behind columns, and write its name above the first axes.
+    """Part the stages of columns, shade every other one, and write names above the first axes.
 
     Args:
         axes: Axes above each other, of one column per layer.
@@ -103,6 +117,9 @@ def mark_stages(axes: Sequence[Axes], stages: Sequence[str], first: int = 0) -> 
     """
     start = 0
     number = first
+    above = axes[0].get_xaxis_transform() + ScaledTranslation(
+        0, 9.5 / 72, axes[0].figure.dpi_scale_trans
+    )
     for column in range(1, len(stages) + 1):
         if column < len(stages) and stages[column] == stages[start]:
             continue
@@ -110,13 +127,21 @@ def mark_stages(axes: Sequence[Axes], stages: Sequence[str], first: int = 0) -> 
             if number % 2:
                 ax.axvspan(start - 0.5, column - 0.5, color='#00000014', linewidth=0, zorder=0)
             if start:
-                ax.axvline(start - 0.5, color='#00000055', linewidth=0.8, zorder=0)
+                ax.axvline(start - 0.5, color='#000000aa', linewidth=1.2, zorder=0)
+        axes[0].plot(
+            (start - 0.4, column - 0.6),
+            (1, 1),
+            transform=above,
+            color='#555555',
+            linewidth=1,
+            clip_on=False,
+        )
         # A stage of few columns writes its name upwards.
         narrow = column - start < 0.35 * len(stages[start])
         axes[0].annotate(
             stages[start],
             ((start + column - 1) / 2, 1),
-            (0, 11),
+            (0, 12),
             xycoords=('data', 'axes fraction'),
             textcoords='offset points',
             ha='center',

@@ -20,9 +20,9 @@ from ssn_plugin.analysis.figures import (
     new_figure,
     normalizer_legend,
     normalizer_style,
-    plain,
     save_both,
     used_normalizers,
+    write_title,
 )
 from ssn_plugin.analysis.history import History, HistoryError, spread
 from ssn_plugin.analysis.importance_ratios import STATISTICS
@@ -138,7 +138,7 @@ def run_figure(history: History, title: str) -> Figure:
         fontsize=8,
     )
     if has_triples(history):
-        for value, text in ((INRADIUS, 'a ratio is zero'), (CIRCUMRADIUS, 'one-hot')):
+        for value, text in ((INRADIUS, 'a ratio can become zero'), (CIRCUMRADIUS, 'one-hot')):
             radius.axhline(value, color='#777777', linewidth=0.6, linestyle='--')
             radius.annotate(
                 f'{value:.3f}: {text}',
@@ -161,9 +161,10 @@ def run_figure(history: History, title: str) -> Figure:
         ax.spines[['top', 'right']].set_visible(False)
     normalizer_legend(figure, normalizers)
     last = history.lines[-1]
-    figure.suptitle(
-        f'{plain(title)}\niteration {last["iter"]}: {last["decided"]} of {len(history.layers)} '
-        f'layers are one normalizer, radius {last["radius"]:.3f}'
+    write_title(
+        figure,
+        f'{title}\niteration {last["iter"]}: {last["decided"]} of {len(history.layers)} '
+        f'layers are one normalizer, radius {last["radius"]:.3f}',
     )
     return figure
 
@@ -349,7 +350,8 @@ class _SimplexDrawing:
                 count = sum(values[k] == 1 for values in ratios)
                 label.set_text(f'{name}: {count} of {len(columns)}')
         left_out = f'; {self.left_out} layers without three candidates' if self.left_out else ''
-        self.figure.suptitle(
-            f'{plain(self.title)}\niteration {line["iter"]}, radius {line["radius"]:.3f}, '
-            f'{line["decided"]} of {len(self.history.layers)} layers are one normalizer{left_out}'
+        write_title(
+            self.figure,
+            f'{self.title}\niteration {line["iter"]}, radius {line["radius"]:.3f}, '
+            f'{line["decided"]} of {len(self.history.layers)} layers are one normalizer{left_out}',
         )

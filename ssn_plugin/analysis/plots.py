@@ -18,6 +18,7 @@ from ssn_plugin.analysis.figures import (
     normalizer_style,
     plain,
     used_normalizers,
+    write_title,
 )
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
 from ssn_plugin.analysis.places import place_of
@@ -102,8 +103,8 @@ def share_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
         for gap in (-1, -1 - stages):
             ax.axhline(gap, color='#00000055', linewidth=0.8, linestyle=':')
     normalizer_legend(figure, normalizers)
-    figure.suptitle(
-        f'{plain(title)}\nshares by stage and by kind (number of layers), {shown_radius(rows)}'
+    write_title(
+        figure, f'{title}\nshares by stage and by kind (number of layers), {shown_radius(rows)}'
     )
     return figure
 
@@ -130,8 +131,8 @@ def comparison_figure(sources: Mapping[str, Sequence[LayerRatios]], title: str) 
         for number, (source, rows) in enumerate(by_source.items()):
             label = f'{STATISTIC_NAMES[statistic]}\n{_wrapped(source)}'
             panels.append(_Panel(label, statistic, rows, () if number else marked))
-    subtitle = f'{headline(found)} (▼)'
-    return _bars(panels, names, f'{title}\n{subtitle}', 1.1)
+    radii = '; '.join(map(shown_radius, sources.values()))
+    return _bars(panels, names, f'{title}\n{headline(found)} (▼)\n{radii}', 1.1)
 
 
 def shown_radius(rows: Sequence[LayerRatios]) -> str:
@@ -159,7 +160,10 @@ def _check(rows: Sequence[LayerRatios]) -> None:
         raise ValueError('rows: got none, expected at least one SSN or SN layer')
 
 
-def _wrapped(source: str, width: int = 22) -> str:
+def _wrapped(source: str, width: int = 16) -> str:
+    """A name beside a panel, with its end where it is too long."""
+    if len(source) > 3 * width:
+        source = '…' + source[1 - 3 * width :]
     return '\n'.join(source[i : i + width] for i in range(0, len(source), width))
 
 
@@ -198,7 +202,7 @@ def _bars(panels: Sequence[_Panel], layers: Sequence[str], title: str, height: f
         if line + 1 < lines and places[part.stop].stage == own[-1].stage:
             number -= 1  # the stage goes on in the next line
     normalizer_legend(figure, normalizers)
-    figure.suptitle(plain(title))
+    write_title(figure, title)
     return figure
 
 

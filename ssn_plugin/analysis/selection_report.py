@@ -42,7 +42,9 @@ def write_selection(
     if len(sources) > 1:
         tables.append(folder / 'comparison.csv')
         write_comparison(differences(sources), list(sources), tables[-1])
-        jobs.append(('comparison', comparison_figure, sources, ' and '.join(sources)))
+        *others, last = sources
+        title = f'{", ".join(others)} and {last}'
+        jobs.append(('comparison', comparison_figure, sources, title))
     figures = []
     for name, draw, rows, title in progress(jobs):
         figures += save_both(draw(rows, title), folder, name)

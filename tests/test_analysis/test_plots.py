@@ -1,6 +1,7 @@
 """The figures show what they are given: areas read back, colours counted in the picture."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -96,6 +97,29 @@ def test_labels_do_not_touch_each_other(depth):
             assert not any(box.overlaps(other) for other in boxes[i + 1 :])
             assert box.x0 >= 0
             assert box.x1 <= figure.bbox.x1
+
+
+def test_titles_of_any_length_leave_the_legend_alone():
+    name = '/a_folder/with_a_long_name/' * 6 + 'mask-rcnn_r50_fpn_ssn-all_2x_coco.pth'
+    rows = rows_of(18)
+    two = {name: rows, f'{name}2': [row._replace(radius=0.25) for row in rows]}
+    for figure in (
+        selection_figure(rows, name),
+        share_figure(rows, name),
+        comparison_figure(two, ' and '.join(two)),
+    ):
+        as_image(figure)
+        renderer = figure.canvas.get_renderer()
+        title, legend = figure._suptitle, figure.legends[0]
+        box = title.get_window_extent(renderer)
+        assert not box.overlaps(legend.get_window_extent(renderer))
+        assert box.x0 >= 0
+        assert 'radius 0.500' in title.get_text()
+        assert name in title.get_text().replace('\n', '')
+    assert 'radius 0.250' in title.get_text()
+    labels = [ax.yaxis.label.get_window_extent(renderer) for ax in figure.axes]
+    for upper, lower in pairwise(labels):
+        assert not upper.overlaps(lower)
 
 
 def test_picture_has_the_area_of_the_ratios(tmp_path):
