@@ -2,8 +2,9 @@
 
 ``custom_imports = dict(imports=['ssn_plugin'])`` in a config registers the layers ('SSN', 'SSN1d',
 'SSN2d', 'SSN3d', 'SyncSSN', 'SN'), the backbone 'SSNResNet', the classifier head
-'DropoutLinearClsHead', the builder 'CollapsedSSN', the hooks 'SSNRadiusHook' and 'SSNRatioHook' and
-the constructor 'SSNOptimWrapperConstructor'.
+'DropoutLinearClsHead', the builder 'CollapsedSSN', the hooks 'SSNRadiusHook', 'SSNRatioHook',
+'SSNResumeHook', 'SSNCheckpointHook' and 'PreciseStatsHook', and the constructor
+'SSNOptimWrapperConstructor'.
 """
 
 from ssn_plugin.deploy.collapse import collapse_ssn

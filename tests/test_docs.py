@@ -104,3 +104,13 @@ def test_triangle_is_drawn(tmp_path):
     script = ROOT / 'docs' / 'draw_triangle.py'
     subprocess.run([sys.executable, script, out], check=True, capture_output=True, cwd=ROOT)
     assert out.read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+
+
+def test_formulas(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'docs' / 'extensions')
+    from mathml import to_mathml
+
+    shown = re.sub(r' \w+="[^"]*"|\s+|</?mrow>', '', to_mathml(r"p'_k + \lVert z \rVert_2"))
+    # The prime stands before the index, and the norm has its index as a whole.
+    assert '<msub><mi>p</mi><mo>&#8242;</mo><mi>k</mi></msub>' in shown
+    assert '<msub><mo>‖</mo><mi>z</mi><mo>‖</mo><mn>2</mn></msub>' in shown

@@ -128,11 +128,12 @@ def _collapsed(layer: SSN, mean: str, var: str, native: bool) -> nn.Module:
         kinds for kind, *kinds in _TORCH_LAYERS if isinstance(layer, kind)
     )
     size, eps, affine = layer.num_features, layer.eps, layer.affine
-    groups = {'LN': 1, 'GN': layer.num_groups}.get(mean)
+    groups = {'IN': size, 'LN': 1, 'GN': layer.num_groups}.get(mean)
     # Running statistics hold the corrected variance; all others are computed anew.
     corrected = layer.correction and not (mean == 'BN' and layer.track_running_stats)
     with torch.device(layer.radius.device):
-        if mean != var or (corrected and not native):
+        of_torch = mean == var and (mean == 'BN' or groups is not None)
+        if not of_torch or (corrected and not native):
             made = SelectedNorm(
                 size,
                 mean,
@@ -146,7 +147,7 @@ def _collapsed(layer: SSN, mean: str, var: str, native: bool) -> nn.Module:
             )
         elif mean == 'BN':
             made = batch_norm(size, eps, layer.momentum, affine, layer.track_running_stats)
-        elif mean == 'IN' or groups == size:
+        elif groups == size:
             made = instance_norm(size, eps, affine=affine)
         else:
             made = nn.GroupNorm(groups, size, eps, affine)

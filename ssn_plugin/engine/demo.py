@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from ssn_plugin.analysis.importance_ratios import importance_ratios
-from ssn_plugin.engine.host_tool import host_script
+from ssn_plugin.engine.host_tool import allow_runner_checkpoints, host_script
 from ssn_plugin.engine.preflight import InputError, check_work_dir, load_config
 from ssn_plugin.layers.radius import undecided_layers
 
@@ -81,6 +81,7 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
         InputError: If the config is not below the current folder, a part of the host framework is
             missing or the folder cannot be written to.
     """
+    allow_runner_checkpoints()
     demo = TASKS[task]
     config = load_config(str(demo.config))
     host_script(config, 'train.py')  # complains where the host framework is missing

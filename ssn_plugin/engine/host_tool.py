@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     Raises:
         InputError: If something is missing.
     """
-    _allow_runner_checkpoints()
+    allow_runner_checkpoints()
     config = load_config(args.config, args.cfg_options)
     if args.amp and get_device() == 'cpu':
         raise InputError("--amp: got no GPU, expected one: mmengine's AmpOptimWrapper needs it")
@@ -149,7 +149,7 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     Raises:
         InputError: If something is missing.
     """
-    _allow_runner_checkpoints()
+    allow_runner_checkpoints()
     config = load_config(args.config, args.cfg_options)
     script = host_script(config, 'test.py')
     check_checkpoint('checkpoint', args.checkpoint)
@@ -182,7 +182,10 @@ def _run(script: Path, arguments: list[str]) -> None:
         raise InputError(str(error)) from error
 
 
-def _allow_runner_checkpoints() -> None:
-    # A Runner's checkpoint holds log histories, which torch.load refuses since 2.6 unless told
-    # otherwise. onedl-mmengine tells it, the original mmengine could neither resume nor test.
+def allow_runner_checkpoints() -> None:
+    """Let mmengine read what it wrote, with the original mmengine and torch 2.6 or newer.
+
+    A Runner's checkpoint holds log histories, which ``torch.load`` refuses unless told otherwise.
+    onedl-mmengine tells it, the original mmengine could neither resume nor test.
+    """
     os.environ.setdefault('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')

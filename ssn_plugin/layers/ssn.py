@@ -17,8 +17,12 @@ class SSN(SwitchableNorm):
 
     .. math::
         y = \frac{x - \sum_k p_k \mu_k}{\sqrt{\sum_k p'_k \sigma_k^2 + \epsilon}}
-        \cdot \mathrm{weight} + \mathrm{bias}, \qquad
-        p = \mathrm{SparsestMax}(\mathrm{mean\_weight}; r),\
+        \cdot \mathrm{weight} + \mathrm{bias}
+
+    with the importance ratios
+
+    .. math::
+        p = \mathrm{SparsestMax}(\mathrm{mean\_weight}; r),\qquad
         p' = \mathrm{SparsestMax}(\mathrm{var\_weight}; r)
 
     The radius r grows during training (:func:`ssn_plugin.set_radius`, or ``SSNRadiusHook`` in

@@ -8,8 +8,13 @@ class SN(SwitchableNorm):
 
     .. math::
         y = \frac{x - \sum_k p_k \mu_k}{\sqrt{\sum_k p'_k \sigma_k^2 + \epsilon}}
-        \cdot \mathrm{weight} + \mathrm{bias}, \qquad
-        p = \mathrm{softmax}(\mathrm{mean\_weight}),\ p' = \mathrm{softmax}(\mathrm{var\_weight})
+        \cdot \mathrm{weight} + \mathrm{bias}
+
+    with the importance ratios
+
+    .. math::
+        p = \mathrm{softmax}(\mathrm{mean\_weight}),\qquad
+        p' = \mathrm{softmax}(\mathrm{var\_weight})
 
     Args:
         num_features: C, the number of channels of (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W).

@@ -272,9 +272,10 @@ def row_gradients(
                 if mixed.deviations[k] is not None:
                     products.append((*slope_terms[-1], mixed.deviations[k]))
             if k in var_ratios.moving:
-                # A statistic that rows share meets the sum of their gradients.
-                other = grad_var if name in ('IN', 'GN') else pooled
-                dvar[k] = _dot(mixed.totals[k], other, ratio, -0.5 / size)
+                # A statistic that is there once for all its rows meets the sum of their gradients.
+                total = mixed.totals[k]
+                other = grad_var if total is None or total.shape == shape else pooled
+                dvar[k] = _dot(total, other, ratio, -0.5 / size)
     if dmean and not mean_ratios.on_simplex:
         common = _dot(rows.mean, grad_mean, mean_ratios.values[0], -1.0)
         dmean = {k: gradient + common for k, gradient in dmean.items()}

@@ -46,8 +46,8 @@ def kind_of(x: Tensor, normalizer: str, settings: Settings, running: bool) -> Na
     # its own mean, it leaves the rounding error over the root of eps.
     if not x.is_contiguous() or (factor != 1 if normalizer != 'IN' else length == 1):
         return None
-    groups = {'IN': channels, 'LN': 1, 'GN': settings.num_groups}[normalizer]
-    return Native(groups, factor=factor)
+    groups = {'IN': channels, 'LN': 1, 'GN': settings.num_groups}.get(normalizer)
+    return None if groups is None else Native(groups, factor=factor)
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

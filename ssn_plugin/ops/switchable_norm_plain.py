@@ -79,7 +79,7 @@ def _pooled(moments: Moments, normalizer: str, settings: Settings) -> Moments:
         return Moments(
             *(value.expand(-1, -1, size).flatten(1) for value in _total(Moments(*grouped), 2))
         )
-    return _total(moments, 0 if normalizer == 'BN' else 1)
+    return _total(moments, {'BN': 0, 'LN': 1}[normalizer])
 
 
 def _total(moments: Moments, dim: int) -> Moments:

@@ -206,6 +206,11 @@ def _plan(
 ) -> _Plan:
     statistics = _statistics(normalizers, num_groups, constant, selected)
     names, groups = statistics.names, statistics.groups
+    if len(normalizers) > len(_KINDS) or not names <= _KINDS.keys():
+        raise ValueError(
+            f'normalizers: got {normalizers}, expected at most {len(_KINDS)} out of '
+            f'{", ".join(_KINDS)}, which the Triton kernels know; set SSN_BACKEND=eager'
+        )
     kinds = 0
     for k in range(4):
         used = k < len(normalizers) and normalizers[k] in names

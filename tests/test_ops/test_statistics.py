@@ -20,6 +20,7 @@ from ssn_plugin.ops.statistics import (
 
 NUM, CHANNELS, GROUPS, LENGTH = 3, 6, 2, 10
 SHAPE = (NUM, CHANNELS)
+FOUR = ('IN', 'LN', 'BN', 'GN')  # of which hand-made ratios and choices are
 SUBSETS = [subset for count in (2, 3, 4) for subset in itertools.combinations(NORMALIZERS, count)]
 EPS = 1e-5
 # Sets of candidates that take part, out of four: all, some, one, and not the same on both sides.
@@ -37,7 +38,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def settings(normalizers=NORMALIZERS, correction: int = 0) -> Settings:
+def settings(normalizers=FOUR, correction: int = 0) -> Settings:
     return Settings(tuple(normalizers), GROUPS, correction, EPS)
 
 
@@ -72,11 +73,11 @@ def assert_equals(found: Moments, expected) -> None:
 def test_one_candidate_alone_is_its_definition(normalizer, correction, on_host):
     x = random(NUM, CHANNELS, LENGTH) * 3 + 5
     k = NORMALIZERS.index(normalizer)
-    one_hot = torch.zeros(4, dtype=torch.float64)
+    one_hot = torch.zeros(len(NORMALIZERS), dtype=torch.float64)
     one_hot[k] = 1
     ratios = ratios_of(one_hot, on_host, [k] if on_host else None)
     rows = rows_of(x, correction)
-    mixed = mix_statistics(rows, ratios, ratios, None, settings(correction=correction))
+    mixed = mix_statistics(rows, ratios, ratios, None, settings(NORMALIZERS, correction))
     expected = reference.normalizer_statistics(x, normalizer, GROUPS, correction)
     assert_equals(mixed_moments(rows, mixed), expected)
 
@@ -117,7 +118,7 @@ def test_what_takes_no_part_is_not_computed(in_mean, in_var):
     p, q = random(2, 4).softmax(-1)
     mean, var = ratios_of(p, True, in_mean, True), ratios_of(q, True, in_var)
     mixed = mix_statistics(rows, mean, var, None, settings())
-    for k, name in enumerate(NORMALIZERS):
+    for k, name in enumerate(FOUR):
         used = k in in_mean or k in in_var
         assert (mixed.deviations[k] is not None) == (used and name != 'IN')
         assert (mixed.totals[k] is not None) == (k in in_var)
@@ -127,7 +128,7 @@ def test_batch_statistics_on_demand():
     rows = rows_of(random(NUM, CHANNELS, LENGTH))
     only_in = ratios_of(torch.tensor([1.0, 0, 0, 0]), True, [0], True)
     mixed = mix_statistics(rows, only_in, only_in, None, settings(), batch_too=True)
-    k = NORMALIZERS.index('BN')
+    k = FOUR.index('BN')
     mean = (rows.mean - mixed.deviations[k])[0]
     torch.testing.assert_close(mean, rows.mean.mean(0))
     expected = rows.var.mean(0) + rows.mean.var(0, correction=0)
@@ -255,7 +256,7 @@ def test_adjoint_of_some_is_that_of_all_with_the_others_at_zero(in_mean, in_var,
     p, q = torch.zeros(2, 4, dtype=torch.float64)
     p[list(in_mean)] = random(len(in_mean)).softmax(0)
     q[list(in_var)] = random(len(in_var)).softmax(0)
-    arguments = (x, p, q, None, grad, NORMALIZERS, correction, True)
+    arguments = (x, p, q, None, grad, FOUR, correction, True)
     expected_dx, expected_dp, expected_dq = gradients(*arguments, (None, None), False)
     dx, dp, dq = gradients(*arguments, (in_mean, in_var), True)
     torch.testing.assert_close(dx, expected_dx)
