@@ -160,10 +160,10 @@ def _check(rows: Sequence[LayerRatios]) -> None:
         raise ValueError('rows: got none, expected at least one SSN or SN layer')
 
 
-def _wrapped(source: str, width: int = 16) -> str:
+def _wrapped(source: str, width: int = 11) -> str:
     """A name beside a panel, with its end where it is too long."""
-    if len(source) > 3 * width:
-        source = '…' + source[1 - 3 * width :]
+    if len(source) > 4 * width:
+        source = '…' + source[1 - 4 * width :]
     return '\n'.join(source[i : i + width] for i in range(0, len(source), width))
 
 

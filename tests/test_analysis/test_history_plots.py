@@ -155,7 +155,7 @@ def test_layers_without_a_triangle_are_told():
         ],
     )
     figure = simplex_figure(both, 'A run')
-    assert '1 layers without three candidates' in texts(figure)
+    assert '1 layers without three candidates' in texts(figure).replace('\n', ' ')
     assert len(paths_of(figure.axes[0])) == 2
 
 

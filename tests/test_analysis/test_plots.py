@@ -137,9 +137,10 @@ def test_mixed_and_unnamed_candidates(tmp_path):
     rows = [LayerRatios(f'layer1.{i}.sn1', ('IN', 'GN'), (0.5, 0.5), (0.0, 1.0)) for i in range(9)]
     rows.append(LayerRatios('x', ('0', '1'), (0.5, 0.5), (0.0, 1.0)))
     path = tmp_path / 'mixed.svg'
-    save_figure(selection_figure(rows, 'Mixed'), path)
+    figure = selection_figure(rows, 'Mixed')
+    assert 'no radius (SN)' in texts(figure).replace('\n', ' ')
+    save_figure(figure, path)
     assert '8.sn1' in path.read_text()
-    assert 'no radius (SN)' in path.read_text()
     for name in ('IN', 'GN', '0', '1'):
         assert f'>{name}</text>' in path.read_text()
 
