@@ -60,7 +60,11 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> nn.M
 
     .. math::
         \mathrm{weight}' = \mathrm{weight} \cdot s, \qquad
-        \mathrm{bias}' = (\mathrm{bias} - \mathrm{running\_mean}) \cdot s + \beta, \qquad
+        \mathrm{bias}' = (\mathrm{bias} - \mathrm{running\_mean}) \cdot s + \beta
+
+    with
+
+    .. math::
         s = \frac{\gamma}{\sqrt{\mathrm{running\_var} + \epsilon}}
 
     Each BatchNorm becomes an ``nn.Identity``, in every place where it stands, so that code which
