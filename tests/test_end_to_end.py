@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tool_runs import run_here
 
 from ssn_plugin.demo_data import make_demo_dataset
 
@@ -170,7 +171,13 @@ def collapsed(trained, folder) -> tuple[Path, Path]:
     out = folder / f'collapsed-{scope}' / 'model.pth'
     out.parent.mkdir()
     arguments = [CONFIGS[scope], work_dir / 'iter_6.pth', out, '--num-images', '2']
-    log = run(folder, ROOT / 'tools/collapse.py', *arguments)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        code, log, errors = run_here('collapse.py', *map(str, arguments))
+    finally:
+        os.chdir(before)
+    assert code == 0, errors
     assert re.search(r'outputs on 2 images: largest difference \d\.\de[-+]\d\d, mean', log)
     assert re.search(r'(\d+) of \1 pixels of equal class|(\d+) of \2 boxes matched|no box has', log)
     return out.with_suffix('.py'), out

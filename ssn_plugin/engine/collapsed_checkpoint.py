@@ -137,7 +137,7 @@ def collapse_checkpoint(
         tolerance = FOLD_TOLERANCE if fold else TOLERANCE
     if tolerance is not None and not comparison.largest <= tolerance:
         raise InputError(
-            f'{out}: not written: outputs on {comparison.images} images differ by '
+            f'{out}: not written: outputs of both models differ by '
             f'{comparison.largest:.1e} of the largest, expected at most {tolerance:.1e}'
         )
     batch = next(sample_batches(settings, chosen_images))

@@ -44,8 +44,9 @@ class Comparison:
     equal_labels: int = 0
 
     def __str__(self) -> str:
+        images = f'{self.images} image' + 's' * (self.images != 1)
         lines = [
-            f'outputs on {self.images} images: largest difference {self.largest:.1e}, '
+            f'outputs on {images}: largest difference {self.largest:.1e}, '
             f'mean {self.mean:.1e}, relative to the largest output'
         ]
         if self.boxes == 0:
