@@ -105,7 +105,8 @@ def check_layer(num_features: int, eps: float, momentum: float | None, correctio
 
 def check_groups(num_groups: int, num_features: int) -> None:
     """Raise ValueError if 'GN' cannot have so many groups."""
-    if not isinstance(num_groups, Integral) or num_groups < 1 or num_features % num_groups:
+    whole = isinstance(num_groups, Integral) and not isinstance(num_groups, bool)
+    if not whole or num_groups < 1 or num_features % num_groups:
         raise ValueError(
             f'num_groups: got {num_groups!r}, expected a divisor of num_features={num_features}'
         )

@@ -43,7 +43,7 @@ class PreciseStatsHook(Hook):
 
     Raises:
         ValueError: If ``num_batches`` is no positive integer, or, when training begins, if the
-            training data cannot be drawn by index.
+            training data cannot be drawn by index, in batches of one size.
 
     Example:
         >>> custom_hooks = [dict(type='PreciseStatsHook', num_batches=200)]  # in a config
@@ -68,11 +68,17 @@ class PreciseStatsHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
-        if not hasattr(getattr(runner.train_dataloader, 'batch_sampler', None), 'batch_size'):
+        batches = getattr(runner.train_dataloader, 'batch_sampler', None)
+        if not hasattr(batches, 'batch_size'):
             kind = type(runner.train_dataloader.dataset).__name__
             raise ValueError(
                 f'PreciseStatsHook: train_dataloader: got a {kind} without a batch sampler, '
                 'expected data that are drawn by index'
+            )
+        if not isinstance(batches.batch_size, int):  # mmdet has one that mixes several data sets
+            raise ValueError(
+                f'PreciseStatsHook: train_dataloader: got a {type(batches).__name__} with the '
+                f'batch sizes {batches.batch_size}, expected one batch size'
             )
         self._trains = True
 

@@ -89,6 +89,8 @@ def track(
     if correction == 0:
         # Before count loses a unit to rounding this is one.
         var = var * (count / (count - 1).clamp(min=1))
+    # An infinite one would be NaN after the next update.
+    var = var.clamp(max=torch.finfo(running_var.dtype).max)
     weight = (count > 0).to(running_mean.dtype) * momentum
     running_mean.lerp_(mean.to(running_mean.dtype), weight)
     running_var.lerp_(var.to(running_var.dtype), weight)

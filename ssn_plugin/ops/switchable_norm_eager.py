@@ -352,10 +352,8 @@ def _track(
     mean = rows.mean[0] - mixed.deviations[k][0]
     count = num * _length(x)
     unbiased = count / (count - 1) if settings.correction == 0 and count > 1 else 1.0
-    var = mixed.totals[k] * (unbiased / num)
-    if var.dtype != running_var.dtype:
-        # An infinite one would be NaN after the next update.
-        var = var.clamp(max=torch.finfo(running_var.dtype).max)
+    # An infinite one would be NaN after the next update.
+    var = (mixed.totals[k] * (unbiased / num)).clamp_(max=torch.finfo(running_var.dtype).max)
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_(var.to(running_var.dtype), momentum)
 

@@ -364,6 +364,18 @@ def test_data_without_indices(make_runner):
         runner.train()
 
 
+def test_batches_of_several_sizes(make_runner):
+    pytest.importorskip('mmdet')
+    from mmdet.datasets.samplers import MultiDataAspectRatioBatchSampler
+
+    dataset = DATASETS.build(dict(type='ToyImages'))
+    batches = MultiDataAspectRatioBatchSampler(DefaultSampler(dataset), [2, 1], num_datasets=2)
+    loader = DataLoader(dataset, batch_sampler=batches)
+    runner = make_runner(hooks=[RADIUS, PRECISE], train_dataloader=loader)
+    with pytest.raises(ValueError, match=r'with the batch sizes \[2, 1\], expected one batch size'):
+        runner.train()
+
+
 @pytest.mark.parametrize('num_batches', [0, -1, 1.5, True, '3'])
 def test_bad_number(num_batches):
     with pytest.raises(ValueError, match=r'num_batches: got .*, expected a positive integer'):

@@ -103,9 +103,12 @@ def test_in_evaluation(kind):
 
 
 @pytest.mark.parametrize('momentum', [0.0, 0.1, None, 1.0])
-@pytest.mark.parametrize('kind', ['SSN', 'BN', 'SelectedNorm'])
+@pytest.mark.parametrize('kind', ['SSN', 'BN', 'SelectedNorm', 'one-hot IN'])
 def test_running_statistics_stay_finite_and_recover(kind, momentum):
     layer = layer_of(kind, momentum=momentum)
+    if kind == 'one-hot IN':  # not frozen, so that statistics of BN are tracked beside it
+        with torch.no_grad():
+            layer.mean_weight[0] = layer.var_weight[0] = 2
     layer(torch.randn(4, C, 5, 5) * 1e30)
     largest = torch.finfo(torch.float32).max
     if momentum == 0.0:

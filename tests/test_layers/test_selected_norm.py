@@ -148,7 +148,7 @@ def test_bad_input():
     for correction in (2, 1.0, '1'):
         with pytest.raises(ValueError, match=f'correction: got {correction!r}, expected 0 or 1'):
             SelectedNorm(6, 'LN', 'BN', correction=correction)
-    for num_groups in ('a', 2.0, 0):
+    for num_groups in ('a', 2.0, 0, True):
         with pytest.raises(ValueError, match=f'num_groups: got {num_groups!r}, expected a divisor'):
             SelectedNorm(6, 'GN', 'BN', num_groups=num_groups)
     with pytest.raises(ValueError, match=r'x: got torch.int64, expected a floating-point tensor'):
