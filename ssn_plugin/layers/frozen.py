@@ -18,12 +18,12 @@ class _Held(NamedTuple):
     """Frozen choices of a layer by 'mean' and 'var', and their one-hot vectors.
 
     ``flags`` are the buffers that said so, each with its version then: whoever writes to them
-    changes it.
+    changes it. None for tensors made in inference mode, which count no writes.
     """
 
     choices: dict[str, int]
     vectors: dict[str, Tensor]
-    flags: list[tuple[Tensor, int]]
+    flags: list[tuple[Tensor, int | None]]
 
 
 _held: WeakKeyDictionary[nn.Module, _Held] = WeakKeyDictionary()
@@ -47,8 +47,9 @@ def known_choices(layer: nn.Module) -> tuple[int | None, int | None]:
     """Indices of the frozen candidates of mean and variance, without reading a tensor.
 
     None where the layer is not frozen, or where its buffers were written to since: by
-    ``copy_selection``, an averaging of models, a broadcast. The next ``set_radius`` knows again.
-    Writing through ``.data`` goes unnoticed.
+    ``copy_selection``, an averaging of models, a broadcast. The next ``set_radius`` knows again. Also
+    None where they were made in inference mode, which notices no writes. Writing through ``.data``
+    goes unnoticed.
 
     Args:
         layer: An SSN.
@@ -58,7 +59,7 @@ def known_choices(layer: nn.Module) -> tuple[int | None, int | None]:
     choices, _, flags = _held[layer]
     found = _flags(layer, choices)
     for tensor, (seen, version) in zip(found, flags, strict=True):
-        if tensor is not seen or tensor._version != version:
+        if tensor is not seen or version is None or tensor._version != version:
             return None, None
     return choices.get('mean'), choices.get('var')
 
@@ -79,7 +80,10 @@ def hold(layer: nn.Module, choices: dict[str, int]) -> None:
         control = getattr(layer, f'{name}_weight')
         candidates = torch.arange(len(control), device=control.device)
         vectors[name] = (candidates == choice).to(control.dtype)
-    flags = [(tensor, tensor._version) for tensor in _flags(layer, choices)]
+    flags = [
+        (tensor, None if tensor.is_inference() else tensor._version)
+        for tensor in _flags(layer, choices)
+    ]
     _held[layer] = _Held(choices, vectors, flags)
     if not _hook_handles:
         _hook_handles.append(register_optimizer_step_post_hook(_write_back))

@@ -294,3 +294,14 @@ def test_loading_an_undecided_state_lets_go():
     before = control(layer)
     step(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
     assert all(old != new for old, new in zip(before, control(layer), strict=True))
+
+
+def test_layers_made_in_inference_mode_are_frozen_too():
+    x = torch.randn(SHAPE)
+    with torch.inference_mode():
+        layer = layer_on('LN', 'IN', 1.0).eval()
+        assert layer.selected == ('LN', 'IN')
+        y = layer(x)
+        layer.mean_choice.fill_(layer.normalizers.index('IN'))  # nobody counts this write
+        expected = layer_on('IN', 'IN', 1.0).eval()(x)
+        assert torch.allclose(layer(x), expected) and not torch.allclose(y, expected)
