@@ -47,9 +47,9 @@ def known_choices(layer: nn.Module) -> tuple[int | None, int | None]:
     """Indices of the frozen candidates of mean and variance, without reading a tensor.
 
     None where the layer is not frozen, or where its buffers were written to since: by
-    ``copy_selection``, an averaging of models, a broadcast. The next ``set_radius`` knows again. Also
-    None where they were made in inference mode, which notices no writes. Writing through ``.data``
-    goes unnoticed.
+    ``copy_selection``, an averaging of models, a broadcast. The next ``set_radius`` knows again.
+    None, too, where they were made in inference mode, which notices no writes. Writing through
+    ``.data`` goes unnoticed.
 
     Args:
         layer: An SSN.
