@@ -25,11 +25,15 @@ demo: setup  ## train Mask R-CNN with SSN on the demo data, evaluate, draw
 demo-seg: setup  ## the same with DeepLabV3+
 	$(RUN) tools/demo.py seg
 
+# A process per core, of one thread each; what a file sets up is set up once.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: setup  ## the test suite; in CI with the two demo trainings, which have targets of their own
-	$(RUN) -m pytest $(if $(CI),,-m 'not demo')
+	$(PYTEST) -m 'not demo'
+	$(if $(CI),$(RUN) -m pytest -m demo)
 
 test-fast: setup  ## the test suite without what is marked slow
-	$(RUN) -m pytest -m 'not slow and not demo'
+	$(PYTEST) -m 'not slow and not demo'
 
 test-pretrain:  ## set up mmpretrain in .venv-pretrain and test pre-training, with a real one
 	@$(PYTHON) tools/setup_env.py --family pretrain --extras demo test
