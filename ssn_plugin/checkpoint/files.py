@@ -216,6 +216,30 @@ def md5_of(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def without_stand_ins(entries: Mapping) -> dict:
+    """What of a file's entries was read whole: nothing of numpy, no log histories.
+
+    Args:
+        entries: Entries beside the weights, nested or not; those that hold what was not read are
+            left out.
+    """
+    kept = {}
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            value = without_stand_ins(value)
+        if not _holds_stand_in(value):
+            kept[key] = value
+    return kept
+
+
+def _holds_stand_in(value: object) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return any(map(_holds_stand_in, value))
+    return isinstance(value, _Ignored)
+
+
 def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool = False) -> None:
     """Write a checkpoint to a temporary name beside its place and rename it.
 
@@ -234,7 +258,7 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool 
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, pickle.PicklingError) as error:
         # The zip writer raises a RuntimeError of its own over what the disk said.
         cause = error
         while isinstance(cause, RuntimeError) and cause.__context__ is not None:

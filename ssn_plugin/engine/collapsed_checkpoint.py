@@ -15,6 +15,7 @@ from ssn_plugin.checkpoint.files import (
     check_writable,
     read_checkpoint,
     weights_in,
+    without_stand_ins,
     write_checkpoint,
 )
 from ssn_plugin.checkpoint.whole_file import whole_file
@@ -129,8 +130,8 @@ def collapse_checkpoint(
         fold_batch_norms(collapsed, folded)
     state = collapsed.state_dict()
 
-    text = collapsed_config(settings, choices, native, folded).pretty_text
-    again = build_model(Config.fromstring(text, '.py'), written[1]).eval()
+    text, new = _as_text(collapsed_config(settings, choices, native, folded), config)
+    again = build_model(new, written[1]).eval()
     load_strictly(again, state, out, written[1])
     comparison = compare_outputs(trained, again, sample_batches(settings, chosen_images))
     if tolerance is None and not native:
@@ -169,6 +170,18 @@ def _check_places(config: str, checkpoint: str, out: str, overwrite: bool) -> tu
     return path, beside
 
 
+def _as_text(settings: Config, config: str) -> tuple[str, Config]:
+    """A config as text, and what is read of that."""
+    try:
+        text = settings.pretty_text
+        return text, Config.fromstring(text, '.py')
+    except Exception as error:  # of mmengine, of its formatter, of what the text says
+        first_line = (str(error).splitlines() or [''])[0]
+        raise InputError(
+            f'config: {config} cannot be written as text: {type(error).__name__}: {first_line}'
+        ) from error
+
+
 def _kinds(choices: Mapping[str, Sequence[str]], model: nn.Module) -> Counter:
     layers = dict(model.named_modules())
     return Counter(
@@ -180,7 +193,8 @@ def _kinds(choices: Mapping[str, Sequence[str]], model: nn.Module) -> Counter:
 def _meta(loaded: Mapping, text: str) -> dict:
     """What inference reads from a checkpoint: classes, and the config to build the model by."""
     meta = loaded.get('meta')
-    kept = dict(meta) if isinstance(meta, Mapping) and 'state_dict' in loaded else {}
+    known = isinstance(meta, Mapping) and 'state_dict' in loaded
+    kept = without_stand_ins(meta) if known else {}
     return {**kept, 'cfg': text, 'ssn_plugin': __version__, 'made_by': 'collapse'}
 
 
@@ -188,7 +202,7 @@ def _write(checkpoint: dict, text: str, path: Path, beside: Path, overwrite: boo
     try:
         # The config is whole before the checkpoint is renamed, and is renamed next.
         with whole_file(beside) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding='utf-8')
             write_checkpoint(checkpoint, path, overwrite)
     except OSError as error:
         raise CheckpointError(f'{beside}: cannot be written: {error.strerror}') from error

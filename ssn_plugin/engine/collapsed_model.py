@@ -1,7 +1,7 @@
 """CollapsedSSN: a config's model whose SSN layers are the normalizers they chose."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -87,7 +87,10 @@ def collapsed_config(
     config.load_from = None
     config.resume = False
     if config.get('custom_hooks'):
-        config.custom_hooks = list(_kept(config.custom_hooks))
+        config.custom_hooks = [hook for hook in config.custom_hooks if not _trains(hook)]
+    for name, hook in list((config.get('default_hooks') or {}).items()):
+        if hook and _trains(hook):
+            del config.default_hooks[name]
     imports = config.get('custom_imports') or {}
     names = imports.get('imports') or []
     names = [names] if isinstance(names, str) else list(names)
@@ -96,11 +99,9 @@ def collapsed_config(
     return config
 
 
-def _kept(hooks: Iterable[dict]) -> Iterable[dict]:
-    for hook in hooks:
-        kind = hook['type'] if isinstance(hook['type'], str) else hook['type'].__name__
-        if kind.rpartition('.')[2] not in _TRAINING_HOOKS:
-            yield hook
+def _trains(hook: dict) -> bool:
+    kind = hook['type'] if isinstance(hook['type'], str) else hook['type'].__name__
+    return kind.rpartition('.')[2] in _TRAINING_HOOKS
 
 
 def _drop_pretrained(node: object) -> None:

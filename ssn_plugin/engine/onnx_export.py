@@ -31,7 +31,7 @@ from ssn_plugin.deploy.onnx_file import (
 )
 from ssn_plugin.engine.preflight import InputError, load_config
 from ssn_plugin.engine.sample_images import sample_batches, sample_images
-from ssn_plugin.engine.trained_model import build_model, load_strictly
+from ssn_plugin.engine.trained_model import build_model, load_strictly, model_settings
 from ssn_plugin.layers.switchable import SwitchableNorm
 
 # Of the largest value of an output.
@@ -154,7 +154,8 @@ def export_onnx(
         if isinstance(layer, SwitchableNorm)
     )
     recorded = hold_ratios(collapse_ssn(copy.deepcopy(network), keep_undecided=True))
-    notes = {'preprocessing': json.dumps(settings.model.get('data_preprocessor'), default=str)}
+    preprocessing = model_settings(settings).get('data_preprocessor')
+    notes = {'preprocessing': json.dumps(preprocessing, default=str)}
     try:
         with whole_file(out) as temporary:
             write_onnx(recorded, outputs, temporary, opset, notes)

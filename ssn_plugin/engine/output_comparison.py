@@ -145,7 +145,7 @@ def _match_boxes(ours: object, theirs: object, found: Comparison) -> None:
         found.boxes += 1
         overlaps = _overlaps(box, theirs.bboxes)
         overlaps[~(free & (theirs.labels == label))] = 0
-        if not len(overlaps) or overlaps.max() < OVERLAP:
+        if not len(overlaps) or not overlaps.max() >= OVERLAP:  # boxes without area have none
             continue
         match = int(overlaps.argmax())
         free[match] = False

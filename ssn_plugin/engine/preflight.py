@@ -70,6 +70,28 @@ def check_data(config: Config, split: str) -> None:
     """
     if not config.get(f'{split}_dataloader'):
         return
+    check_datasets(config, split, 'point {key}.data_root elsewhere with --cfg-options')
+    evaluators = config.get(f'{split}_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        path = evaluator.get('ann_file')
+        if isinstance(path, str) and not os.path.exists(path):
+            raise InputError(
+                f'{split}_evaluator.ann_file: no such file: {path}; set it to the ann_file of '
+                f'{split}_dataloader.dataset with --cfg-options'
+            )
+
+
+def check_datasets(config: Config, split: str, remedy: str) -> None:
+    """Look for the files and folders of a data loader.
+
+    Args:
+        config: The whole config.
+        split: 'train', 'val' or 'test'.
+        remedy: What else a user can do; ``{key}`` becomes the place in the config.
+
+    Raises:
+        InputError: Naming what is missing, where it was looked for and how to get it.
+    """
     for key, dataset in datasets_of(config, split):
         root = str(dataset.get('data_root') or '')
         wanted = data_folders(dataset)
@@ -79,17 +101,9 @@ def check_data(config: Config, split: str) -> None:
             if not os.path.exists(path):
                 raise InputError(
                     f'{key}: no such file or folder: {path} (data_root={root!r}, looked for from '
-                    f'{os.getcwd()}); {_advice(dataset.get("type"), path)}, or point '
-                    f'{key}.data_root elsewhere with --cfg-options'
+                    f'{os.getcwd()}); {_advice(dataset.get("type"), path)}, or '
+                    f'{remedy.format(key=key)}'
                 )
-    evaluators = config.get(f'{split}_evaluator') or []
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-        path = evaluator.get('ann_file')
-        if isinstance(path, str) and not os.path.exists(path):
-            raise InputError(
-                f'{split}_evaluator.ann_file: no such file: {path}; set it to the ann_file of '
-                f'{split}_dataloader.dataset with --cfg-options'
-            )
 
 
 def datasets_of(config: Config, split: str) -> Iterator[tuple[str, dict]]:

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
-from ssn_plugin.engine.preflight import InputError, check_data, datasets_of
+from ssn_plugin.engine.preflight import InputError, check_datasets, datasets_of
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -50,14 +50,16 @@ def _files(name: str, count: int) -> list[str]:
 def _of_data_set(config: Config) -> list[str]:
     if not config.get('test_dataloader'):
         raise InputError('images: the config has no test_dataloader; name files by --images')
-    try:
-        check_data(config, 'test')
-    except InputError as error:
-        raise InputError(f'{error}; or name images by --images') from error
+    check_datasets(config, 'test', 'name images by --images')
     init_default_scope(config.get('default_scope', 'mmengine'))
-    data = DATASETS.build(copy.deepcopy(config.test_dataloader.dataset))
-    infos = (data.get_data_info(index) for index in range(len(data)))
-    return [info['img_path'] for info in infos if info.get('img_path')]
+    try:
+        data = DATASETS.build(copy.deepcopy(config.test_dataloader.dataset))
+        infos = (data.get_data_info(index) for index in range(len(data)))
+        return [info['img_path'] for info in infos if info.get('img_path')]
+    except Exception as error:  # the registry's, or of the data set's own code
+        raise InputError(
+            f'images: cannot read the test data set: {_told(error)}; name images by --images'
+        ) from error
 
 
 def sample_batches(config: Config, images: Sequence[str]) -> Iterator[dict]:
@@ -78,16 +80,20 @@ def sample_batches(config: Config, images: Sequence[str]) -> Iterator[dict]:
     if not transforms:
         raise InputError('images: the config has no test_dataloader.dataset.pipeline for them')
     transforms = copy.deepcopy([each for each in transforms if not _reads_annotations(each)])
-    pipeline = Compose(transforms)
+    try:
+        pipeline = Compose(transforms)
+    except Exception as error:
+        raise InputError(f'images: cannot build the test pipeline: {_told(error)}') from error
     for index, path in enumerate(images):
         try:
             yield pseudo_collate([pipeline({'img_path': path, 'img_id': index})])
         except Exception as error:
             # Decoders and transforms raise errors of their own.
-            first_line = (str(error).splitlines() or [''])[0]
-            raise InputError(
-                f'images: cannot read {path}: {type(error).__name__}: {first_line}'
-            ) from error
+            raise InputError(f'images: cannot read {path}: {_told(error)}') from error
+
+
+def _told(error: Exception) -> str:
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
 
 
 def _reads_annotations(transform: dict) -> bool:

@@ -1,5 +1,6 @@
 """The model of a config, and the weights of a checkpoint in it."""
 
+import copy
 import os
 from collections.abc import Mapping
 
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.layout import shown
 from ssn_plugin.engine.preflight import InputError
+
+
+def model_settings(config: Config) -> dict:
+    """The model's part of a config, with its data preprocessor, wherever that stands.
+
+    Args:
+        config: The config, which is not changed. mmpretrain's have ``data_preprocessor`` beside
+            ``model``, and the Runner puts it there.
+    """
+    settings = copy.deepcopy(config.model)
+    if config.get('data_preprocessor') is not None:
+        settings.setdefault('data_preprocessor', copy.deepcopy(config.data_preprocessor))
+    return settings
 
 
 def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
@@ -26,7 +40,7 @@ def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
         raise InputError(f'config: {path} has no model')
     init_default_scope(config.get('default_scope', 'mmengine'))
     try:
-        return MODELS.build(config.model)
+        return MODELS.build(model_settings(config))
     except Exception as error:
         # The registry raises what the missing package or the model's own code raises.
         first_line = (str(error).splitlines() or [''])[0]

@@ -68,7 +68,7 @@ class _RowNorm:
             if self.affine:
                 per_channel = (-1, *(1,) * (x.dim() - 2))
                 y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
-            return y
+            return y.to(x.dtype)
         # Of channels_last it would take E[x^2] - E[x]^2.
         return F.group_norm(x.contiguous(), self.num_features, self.weight, self.bias, self.eps)
 

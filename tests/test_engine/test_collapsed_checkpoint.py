@@ -184,7 +184,7 @@ def test_images(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no demo data
     said = refused(InputError, source, out, images=[])
     assert said.startswith('test_dataloader.dataset: no such file or folder: data/demo/')
-    assert said.endswith('; or name images by --images')
+    assert said.endswith(', or name images by --images')
 
 
 def test_other_architectures(source, tmp_path):
@@ -228,3 +228,44 @@ def test_a_full_disk_leaves_neither_file(source, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert said == f'{tmp_path / "out.pth"}: cannot be written: File too large'
     assert os.listdir(tmp_path) == []
+
+
+def test_a_preprocessor_beside_the_model(source, tmp_path):
+    """Where mmpretrain has it; the Runner moves it into the model."""
+    config = small_segmentor(correction=1)
+    config.data_preprocessor = config.model.pop('data_preprocessor')
+    (tmp_path / 'net.py').write_text(config.pretty_text)
+    settings = (str(source / 'net.pth'), str(tmp_path / 'out.pth'))
+    done = collapse_checkpoint(str(tmp_path / 'net.py'), *settings, images=[str(source / 'images')])
+    assert done.comparison.equal_labels == 2 * 40 * 50
+    assert done.size == (128, 160)
+
+
+def test_what_cannot_be_read_safely_is_not_written_again(source, tmp_path):
+    loaded = torch.load(source / 'net.pth', weights_only=False)
+    loaded['meta']['dataset_meta']['palette'] = np.zeros((2, 3))
+    loaded['meta']['best'] = [np.float64(0.5)]
+    torch.save(loaded, tmp_path / 'net.pth')
+    collapse_checkpoint(
+        str(source / 'net.py'),
+        str(tmp_path / 'net.pth'),
+        str(tmp_path / 'out.pth'),
+        images=[str(source / 'images')],
+    )
+    meta = torch.load(tmp_path / 'out.pth', weights_only=True)['meta']
+    assert meta['dataset_meta'] == {'classes': ('a', 'b')}
+    assert 'best' not in meta
+
+
+def test_a_config_that_is_no_text(source, tmp_path):
+    config = small_segmentor(correction=1)
+    text = config.pretty_text + "\nworst = float('inf')\n"
+    (tmp_path / 'net.py').write_text(text)
+    with pytest.raises(InputError, match=r'net.py cannot be written as text: NameError: .*inf'):
+        collapse_checkpoint(
+            str(tmp_path / 'net.py'),
+            str(source / 'net.pth'),
+            str(tmp_path / 'out.pth'),
+            images=[str(source / 'images')],
+        )
+    assert os.listdir(tmp_path) == ['net.py']

@@ -74,6 +74,7 @@ model = dict(
     test_cfg=dict(score_thr=0.5))
 load_from = 'start.pth'
 resume = True
+default_hooks = dict(timer=dict(type='IterTimerHook'), ssn=dict(type='SSNRadiusHook'))
 custom_hooks = [
     dict(type='SSNRadiusHook'), dict(type='mmdet.NumClassCheckHook'),
     dict(type='SSNRatioHook'), dict(type='SSNResumeHook'), dict(type='PreciseStatsHook')]
@@ -100,6 +101,7 @@ def test_what_stays_of_a_config():
     )
     assert made.custom_imports == dict(imports=['other', 'ssn_plugin'], allow_failed_imports=True)
     assert made.custom_hooks == [dict(type='mmdet.NumClassCheckHook')]
+    assert made.default_hooks == dict(timer=dict(type='IterTimerHook'))
     assert made.load_from is None
     assert not made.resume
     assert config.model.type == 'mmdet.RetinaNet'

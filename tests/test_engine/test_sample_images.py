@@ -62,3 +62,26 @@ def test_batches(config, tmp_path):
     assert batches[1]['data_samples'][0].img_path == str(tmp_path / '5.png')
     # As before: the config still reads annotations.
     assert config.test_dataloader.dataset.pipeline == PIPELINE
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        (dict(type='NoSuchSet'), r'cannot read the test data set: KeyError: .*NoSuchSet'),
+        (dict(img_suffix='.none'), r'cannot read the test data set: \w+Error: .*--images'),
+        (
+            dict(data_prefix=dict(img_path='nowhere')),
+            r'dataset: no such file or folder: nowhere .*, or name images by --images$',
+        ),
+    ],
+)
+def test_a_data_set_that_cannot_be_read(config, change, said):
+    config.test_dataloader.dataset.update(change)
+    with pytest.raises(InputError, match=said):
+        sample_images(config)
+
+
+def test_a_pipeline_that_cannot_be_built(config, tmp_path):
+    config.test_dataloader.dataset.pipeline.append(dict(type='NoSuchTransform'))
+    with pytest.raises(InputError, match=r'cannot build the test pipeline: KeyError: .*NoSuch'):
+        next(sample_batches(config, [str(tmp_path / '0.png')]))

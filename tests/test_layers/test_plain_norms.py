@@ -62,6 +62,7 @@ def test_a_row_of_one_element_is_its_mean(shape, affine):
     assert not x.grad.any()
     if affine:
         assert not layer.weight.grad.any()  # not None: distributed training asks for all
+    assert layer(x.bfloat16()).dtype == torch.bfloat16  # as SSN under autocast
 
 
 @pytest.mark.parametrize('dims', SHAPES)
