@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from rich.console import Console
+
 from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.engine.collapsed_checkpoint import (
     FOLD_TOLERANCE,
@@ -76,19 +78,20 @@ def main() -> None:
     if args.tolerance is not None and not args.tolerance >= 0:
         parser.error(f'--tolerance: got {args.tolerance}, expected a number of at least 0')
     try:
-        done = collapse_checkpoint(
-            args.config,
-            args.checkpoint,
-            args.out,
-            args.fold,
-            args.native,
-            args.keep_undecided,
-            args.images,
-            args.num_images,
-            args.tolerance,
-            args.overwrite,
-            args.allow_pickle,
-        )
+        with Console(stderr=True).status('collapsing, comparing on images'):
+            done = collapse_checkpoint(
+                args.config,
+                args.checkpoint,
+                args.out,
+                args.fold,
+                args.native,
+                args.keep_undecided,
+                args.images,
+                args.num_images,
+                args.tolerance,
+                args.overwrite,
+                args.allow_pickle,
+            )
     except (CheckpointError, InputError) as error:
         sys.exit(f'collapse.py: {error}')
     print(f'{sum(done.layers.values())} SSN layers collapsed:')

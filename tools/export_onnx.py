@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from rich.console import Console
+
 from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.deploy.onnx_file import DEFAULT_OPSET, ExportError
 from ssn_plugin.engine.onnx_export import TOLERANCE, export_onnx
@@ -54,16 +56,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        done = export_onnx(
-            args.config,
-            args.checkpoint,
-            args.out,
-            args.opset,
-            args.images,
-            args.tolerance,
-            args.overwrite,
-            args.allow_pickle,
-        )
+        with Console(stderr=True).status('recording the network, comparing with ONNX Runtime'):
+            done = export_onnx(
+                args.config,
+                args.checkpoint,
+                args.out,
+                args.opset,
+                args.images,
+                args.tolerance,
+                args.overwrite,
+                args.allow_pickle,
+            )
     except (CheckpointError, ExportError, InputError) as error:
         sys.exit(f'export_onnx.py: {error}')
     print(f'{done.path}: {os.path.getsize(done.path) / 1e6:.1f} MB, opset {args.opset}')
