@@ -49,6 +49,31 @@ def add_run_arguments(parser: argparse.ArgumentParser, study: str) -> None:
     )
 
 
+def add_analyze_arguments(
+    parser: argparse.ArgumentParser, study: str, source: str = '', file: str = 'results.csv'
+) -> None:
+    """The arguments that the ``analyze.py`` of every study has.
+
+    Args:
+        parser: Gets them.
+        study: Name of the study's folder.
+        source: Name of the folder where the rows are, if that is another.
+        file: What they are in.
+    """
+    parser.add_argument(
+        '--results',
+        type=Path,
+        default=ROOT / 'studies' / (source or study),
+        help=f'folder of {file} (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=ROOT / 'studies' / study,
+        help='folder for the figures (default: %(default)s)',
+    )
+
+
 def choose_device(device: str) -> None:
     """Make mmengine, which takes a GPU whenever it sees one, use the device.
 

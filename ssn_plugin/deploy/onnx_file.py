@@ -1,14 +1,13 @@
 """Writes a network as one ONNX file for every batch and image size, and runs it."""
 
-import contextlib
 import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ssn_plugin.deploy.quiet import quiet
 from ssn_plugin.ops.statistics import Settings
 from ssn_plugin.ops.switchable_norm_plain import switchable_norm
 
@@ -66,7 +65,7 @@ def write_onnx(
     check_opset(opset)
     dynamic = dict.fromkeys(_SIZES, torch.export.Dim.DYNAMIC)
     decompositions = {torch.ops.aten.group_norm.default: _group_norm}
-    with _quiet(), torch.no_grad():
+    with quiet(logging.getLogger('torch')), torch.no_grad():
         try:
             program = torch.export.export(
                 network, (torch.zeros(_EXAMPLE),), dynamic_shapes=(dynamic,)
@@ -158,20 +157,6 @@ def _group_norm(
     name = {1: 'LN', x.shape[1]: 'IN'}.get(num_groups, 'GN')
     settings = Settings((name,), num_groups, 0, eps)
     return switchable_norm(x, [1.0], [1.0], weight, bias, None, None, settings)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without remarks on absent packages, unsolved sizes and code of torch."""
-    logger = logging.getLogger('torch')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

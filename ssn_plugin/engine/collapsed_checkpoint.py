@@ -24,7 +24,7 @@ from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
 from ssn_plugin.engine.collapsed_model import NAME, collapsed_config
 from ssn_plugin.engine.complexity import Complexity, complexity_of
 from ssn_plugin.engine.output_comparison import Comparison, compare_outputs
-from ssn_plugin.engine.preflight import InputError, load_config
+from ssn_plugin.engine.preflight import InputError, in_one_line, load_config
 from ssn_plugin.engine.sample_images import sample_batches, sample_images
 from ssn_plugin.engine.trained_model import build_model, load_strictly
 from ssn_plugin.layers.ssn import SSN
@@ -176,9 +176,8 @@ def _as_text(settings: Config, config: str) -> tuple[str, Config]:
         text = settings.pretty_text
         return text, Config.fromstring(text, '.py')
     except Exception as error:  # of mmengine, of its formatter, of what the text says
-        first_line = (str(error).splitlines() or [''])[0]
         raise InputError(
-            f'config: {config} cannot be written as text: {type(error).__name__}: {first_line}'
+            f'config: {config} cannot be written as text: {in_one_line(error)}'
         ) from error
 
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +13,7 @@ from mmengine.logging import MMLogger
 from torch import nn
 
 from ssn_plugin.deploy.constant_ratios import ConstantRatioNorm
+from ssn_plugin.deploy.quiet import quiet
 from ssn_plugin.layers.plain_norms import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
@@ -50,7 +49,7 @@ def complexity_of(model: nn.Module, batch: dict) -> Complexity:
         batch: Of :func:`ssn_plugin.engine.sample_images.sample_batches`.
     """
     data = model.data_preprocessor(copy.deepcopy(batch), False)
-    with _counted_norms(model) as counts, _silent():
+    with _counted_norms(model) as counts, quiet(MMLogger.get_current_instance()):
         model.forward = partial(model.forward, data_samples=data['data_samples'])
         try:
             info = get_model_complexity_info(
@@ -95,17 +94,3 @@ def _reads_statistics(layer: nn.Module) -> bool:
     else:
         chosen = ('IN',)
     return not layer.track_running_stats or any(name != 'BN' for name in chosen)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without the counter's list of operators that it leaves out, and the tracer's warnings."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logger.setLevel(level)

@@ -29,7 +29,7 @@ from ssn_plugin.deploy.onnx_file import (
     run_onnx,
     write_onnx,
 )
-from ssn_plugin.engine.preflight import InputError, load_config
+from ssn_plugin.engine.preflight import InputError, in_one_line, load_config
 from ssn_plugin.engine.sample_images import sample_batches, sample_images
 from ssn_plugin.engine.trained_model import build_model, load_strictly, model_settings
 from ssn_plugin.layers.switchable import SwitchableNorm
@@ -201,10 +201,8 @@ def _count_outputs(network: nn.Module, x: Tensor, config: str) -> int:
             outputs = network(x)
     except Exception as error:
         # Heads that want more than features fail in ways of their own.
-        first_line = (str(error).splitlines() or [''])[0]
         raise InputError(
-            f'config: the network of {config} does not run on images alone: '
-            f'{type(error).__name__}: {first_line}'
+            f'config: the network of {config} does not run on images alone: {in_one_line(error)}'
         ) from error
     if not all(isinstance(output, Tensor) for output in outputs):
         raise InputError(f'config: the network of {config} puts out other things than tensors')

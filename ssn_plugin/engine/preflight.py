@@ -33,6 +33,20 @@ class InputError(Exception):
     """Something the user gave or should have provided; its text is one line."""
 
 
+def in_one_line(error: Exception) -> str:
+    """Kind of an error of other code, and the first line of its text.
+
+    Args:
+        error: Any.
+
+    Example:
+        >>> from ssn_plugin.engine.preflight import in_one_line
+        >>> in_one_line(KeyError('no such key'))
+        "KeyError: 'no such key'"
+    """
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+
+
 def load_config(path: str, options: dict | None = None) -> Config:
     """Read a config file and merge the command line's options into it.
 
@@ -51,10 +65,7 @@ def load_config(path: str, options: dict | None = None) -> Config:
             config.merge_from_dict(options)
     except Exception as error:
         # mmengine raises whatever a config's own code or a bad option raises.
-        first_line = (str(error).splitlines() or [''])[0]
-        raise InputError(
-            f'config: cannot read {path}: {type(error).__name__}: {first_line}'
-        ) from error
+        raise InputError(f'config: cannot read {path}: {in_one_line(error)}') from error
     return config
 
 

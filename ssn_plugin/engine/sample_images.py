@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
-from ssn_plugin.engine.preflight import InputError, check_datasets, datasets_of
+from ssn_plugin.engine.preflight import InputError, check_datasets, datasets_of, in_one_line
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -58,7 +58,7 @@ def _of_data_set(config: Config) -> list[str]:
         return [info['img_path'] for info in infos if info.get('img_path')]
     except Exception as error:  # the registry's, or of the data set's own code
         raise InputError(
-            f'images: cannot read the test data set: {_told(error)}; name images by --images'
+            f'images: cannot read the test data set: {in_one_line(error)}; name images by --images'
         ) from error
 
 
@@ -83,17 +83,13 @@ def sample_batches(config: Config, images: Sequence[str]) -> Iterator[dict]:
     try:
         pipeline = Compose(transforms)
     except Exception as error:
-        raise InputError(f'images: cannot build the test pipeline: {_told(error)}') from error
+        raise InputError(f'images: cannot build the test pipeline: {in_one_line(error)}') from error
     for index, path in enumerate(images):
         try:
             yield pseudo_collate([pipeline({'img_path': path, 'img_id': index})])
         except Exception as error:
             # Decoders and transforms raise errors of their own.
-            raise InputError(f'images: cannot read {path}: {_told(error)}') from error
-
-
-def _told(error: Exception) -> str:
-    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+            raise InputError(f'images: cannot read {path}: {in_one_line(error)}') from error
 
 
 def _reads_annotations(transform: dict) -> bool:

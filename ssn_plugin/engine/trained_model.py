@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.layout import shown
-from ssn_plugin.engine.preflight import InputError
+from ssn_plugin.engine.preflight import InputError, in_one_line
 
 
 def model_settings(config: Config) -> dict:
@@ -43,9 +43,8 @@ def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
         return MODELS.build(model_settings(config))
     except Exception as error:
         # The registry raises what the missing package or the model's own code raises.
-        first_line = (str(error).splitlines() or [''])[0]
         raise InputError(
-            f'config: cannot build the model of {path}: {type(error).__name__}: {first_line}'
+            f'config: cannot build the model of {path}: {in_one_line(error)}'
         ) from error
 
 

@@ -5,7 +5,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
@@ -17,7 +16,7 @@ from ssn_plugin.analysis.figures import (
     save_both,
 )
 from ssn_plugin.analysis.places import place_of
-from studies.ledger import read
+from studies.ledger import add_analyze_arguments, read
 from studies.small_batches.analyze import BATCHES
 from studies.tables import markdown, put_into, spread
 
@@ -229,19 +228,10 @@ def report(rows: Sequence[Choice]) -> str:
 
 def main() -> None:
     """Print the tables, write the figures."""
-    folder = Path(__file__).parent
     parser = argparse.ArgumentParser(
         description=__doc__, epilog='example: python -m studies.selection.analyze'
     )
-    parser.add_argument(
-        '--results',
-        type=Path,
-        default=folder.parent / 'small_batches',
-        help='folder of selections.csv (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--out', type=Path, default=folder, help='folder for the figures (default: %(default)s)'
-    )
+    add_analyze_arguments(parser, 'selection', 'small_batches', 'selections.csv')
     args = parser.parse_args()
     rows = read(args.results / 'selections.csv')
     text = report(rows)

@@ -3,12 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ssn_plugin.analysis.figures import new_figure, save_both
-from studies.ledger import read
+from studies.ledger import add_analyze_arguments, read
 from studies.tables import markdown, put_into, spread, verdict
 
 NORMS = ('BN', 'GN', 'SN', 'SSN', 'SSN-radius0')
@@ -158,16 +157,10 @@ def report(rows: Sequence[dict[str, str]]) -> str:
 
 def main() -> None:
     """Print the tables, write the figures."""
-    folder = Path(__file__).parent
     parser = argparse.ArgumentParser(
         description=__doc__, epilog='example: python -m studies.small_batches.analyze'
     )
-    parser.add_argument(
-        '--results', type=Path, default=folder, help='folder of results.csv (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--out', type=Path, default=folder, help='folder for the figures (default: %(default)s)'
-    )
+    add_analyze_arguments(parser, 'small_batches')
     args = parser.parse_args()
     rows = read(args.results / 'results.csv')
     text = report(rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ssn_plugin.analysis.figures import new_figure, save_both
-from studies.ledger import read
+from studies.ledger import ROOT, add_analyze_arguments, read
 from studies.small_batches.analyze import BATCHES, MARGIN, STYLE, Results
 from studies.tables import markdown, put_into, spread, verdict
 
@@ -133,21 +133,15 @@ def report(rows: Sequence[dict[str, str]], trained: Sequence[dict[str, str]]) ->
 
 def main() -> None:
     """Print the tables, write the figures."""
-    folder = Path(__file__).parent
     parser = argparse.ArgumentParser(
         description=__doc__, epilog='example: python -m studies.sparsity.analyze'
     )
-    parser.add_argument(
-        '--results', type=Path, default=folder, help='folder of results.csv (default: %(default)s)'
-    )
+    add_analyze_arguments(parser, 'sparsity')
     parser.add_argument(
         '--trained-results',
         type=Path,
-        default=folder.parent / 'small_batches',
+        default=ROOT / 'studies' / 'small_batches',
         help='folder of the results.csv of small_batches (default: %(default)s)',
-    )
-    parser.add_argument(
-        '--out', type=Path, default=folder, help='folder for the figures (default: %(default)s)'
     )
     args = parser.parse_args()
     rows, trained = read(args.results / 'results.csv'), read(args.trained_results / 'results.csv')

@@ -2,12 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ssn_plugin.analysis.figures import new_figure, save_both
-from studies.ledger import read
+from studies.ledger import add_analyze_arguments, read
 from studies.small_batches.analyze import STYLE
 from studies.tables import markdown, put_into, spread, verdict
 from studies.transfer.recipe import BATCHES, IMPOSSIBLE, NORMS, TASKS
@@ -176,16 +175,10 @@ def transfer_figure(rows: Sequence[dict[str, str]], title: str) -> Figure:
 
 def main() -> None:
     """Print the tables, write the figures."""
-    folder = Path(__file__).parent
     parser = argparse.ArgumentParser(
         description=__doc__, epilog='example: python -m studies.transfer.analyze'
     )
-    parser.add_argument(
-        '--results', type=Path, default=folder, help='folder of results.csv (default: %(default)s)'
-    )
-    parser.add_argument(
-        '--out', type=Path, default=folder, help='folder for the figures (default: %(default)s)'
-    )
+    add_analyze_arguments(parser, 'transfer')
     args = parser.parse_args()
     rows = read(args.results / 'results.csv')
     text = report(rows)

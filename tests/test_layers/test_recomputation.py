@@ -53,6 +53,16 @@ def step(model, x, upstream):
     return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
+def same_step(model, other, x, upstream):
+    for ours, theirs in zip(step(model, x, upstream), step(other, x, upstream), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def same_buffers(model, other):
+    for name, buffer in other.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+
+
 @pytest.mark.parametrize('momentum', [0.1, None])
 @pytest.mark.parametrize('state', STATES)
 def test_same_bits_and_one_update_per_step(state, momentum):
@@ -66,13 +76,9 @@ def test_same_bits_and_one_update_per_step(state, momentum):
     for plain, checkpointed in networks(norm):
         for _ in range(3):
             x, upstream = torch.randn(4, 3, 9, 11) * 2 + 1, torch.randn(4, 4, 5, 7)
-            for ours, theirs in zip(
-                step(checkpointed, x, upstream), step(plain, x, upstream), strict=True
-            ):
-                assert torch.equal(ours, theirs)
+            same_step(checkpointed, plain, x, upstream)
         assert checkpointed.second[0].num_batches_tracked == 3
-        for name, buffer in plain.named_buffers():
-            assert torch.equal(checkpointed.get_buffer(name), buffer), name
+        same_buffers(checkpointed, plain)
         if 'frozen' not in state or 'BN' in state:
             assert plain.second[0].running_mean.abs().max() > 0
 
@@ -84,12 +90,8 @@ def test_large_inputs_and_the_softmax_parent(norm, memory_format):
     for plain, checkpointed in networks(norm):
         x = torch.randn(2, 3, 210, 250).contiguous(memory_format=memory_format)
         upstream = torch.randn(2, 4, 206, 246)
-        for ours, theirs in zip(
-            step(checkpointed, x, upstream), step(plain, x, upstream), strict=True
-        ):
-            assert torch.equal(ours, theirs)
-        for name, buffer in plain.named_buffers():
-            assert torch.equal(checkpointed.get_buffer(name), buffer), name
+        same_step(checkpointed, plain, x, upstream)
+        same_buffers(checkpointed, plain)
 
 
 @pytest.mark.parametrize('momentum', [0.1, None])
@@ -98,13 +100,9 @@ def test_what_a_decided_layer_collapses_to(pair, momentum):
     for plain, checkpointed in networks(SelectedNorm(6, *pair, momentum=momentum)):
         for _ in range(3):
             x, upstream = torch.randn(4, 3, 9, 11) * 2 + 1, torch.randn(4, 4, 5, 7)
-            for ours, theirs in zip(
-                step(checkpointed, x, upstream), step(plain, x, upstream), strict=True
-            ):
-                assert torch.equal(ours, theirs)
+            same_step(checkpointed, plain, x, upstream)
         assert checkpointed.second[0].num_batches_tracked == 3
-        for name, buffer in plain.named_buffers():
-            assert torch.equal(checkpointed.get_buffer(name), buffer), name
+        same_buffers(checkpointed, plain)
         assert plain.second[0].running_mean.abs().max() > 0
 
 
