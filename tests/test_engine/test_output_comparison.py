@@ -87,3 +87,5 @@ def test_boxes_that_have_no_match():
     found = matched(instances(box, box), instances(box))  # one for each
     assert (found.boxes, found.matched) == (2, 1)
     assert matched(instances(), instances(box)).boxes == 0
+    point = (3, 3, 3, 3, 0.9, 1)  # of no area, so it overlaps nothing
+    assert matched(instances(point), instances(point)).matched == 0
