@@ -237,13 +237,12 @@ class _Average:
         )
 
     def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
-        if args[0].numel() == 0:
-            return
         # With a momentum of one they are those of this batch.
         found = torch.cat((layer.running_mean.new_ones(1), layer.running_mean, layer.running_var))
-        if bool(found.isfinite().all()):
+        if args[0].numel() and bool(found.isfinite().all()):
             self.total += found
-        layer.reset_running_stats()  # zero times NaN would stay NaN
+        # Zero times NaN would stay NaN; SyncSSN meets one without a number of its own.
+        layer.reset_running_stats()
 
     def write(self) -> bool:
         count, sums = self.total[0], self.total[1:]

@@ -172,6 +172,20 @@ def test_average_over_two_processes(tmp_path):
         torch.testing.assert_close(mine, values.float(), rtol=1e-5, atol=1e-6)
 
 
+def test_average_of_layers_that_share_every_batch(tmp_path):
+    ours, other = run_processes(precise_stats_ranks.synchronised_averages, 2, tmp_path)
+    joined = [
+        torch.cat(shares)
+        for shares in zip(*map(precise_stats_ranks.shares_of, (0, 1)), strict=True)
+    ]
+    # NaN: not counted. Both processes count the others, but the last, which is of one alone.
+    batches = [joined[0], *joined[2:4]] * 2 + joined[4:]
+    expected = list(brute_force(precise_stats_ranks.network(), batches).values())
+    for mine, theirs, values in zip(ours, other, expected, strict=True):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, values.float(), rtol=1e-5, atol=1e-6)
+
+
 def test_an_averaged_model_of_torch():
     """Whose own ``update_bn`` knows no layer but BatchNorm, and says nothing."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), SSN(4), nn.Conv2d(4, 3, 1), SN(3))
