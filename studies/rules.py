@@ -6,6 +6,8 @@ from mmengine.config import Config
 
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
 
+CANDIDATES = ('IN', 'LN', 'BN')
+
 
 def set_rules(config: Config, norm: str, interval: int) -> None:
     """Leave a config with the hooks and the rules for control parameters that a norm needs.
@@ -31,15 +33,16 @@ def set_rules(config: Config, norm: str, interval: int) -> None:
     config.custom_hooks = list(hooks.values())
 
 
-def shares(ratios: Sequence[LayerRatios]) -> dict[str, str]:
+def shares(ratios: Sequence[LayerRatios], candidates: Sequence[str] = CANDIDATES) -> dict[str, str]:
     """Importance ratios averaged over layers: the share of the layers where all are one-hot.
 
     Args:
         ratios: Layer by layer; none for BN and GN.
+        candidates: Normalizers, those that some layers alone can choose too.
     """
     found = {}
     for statistic in STATISTICS:
-        for name in ('IN', 'LN', 'BN'):
-            values = [row.ratios(statistic)[name] for row in ratios]
+        for name in candidates:
+            values = [row.ratios(statistic).get(name, 0.0) for row in ratios]
             found[f'{statistic}_{name}'] = f'{sum(values) / len(values):.4f}' if values else ''
     return found

@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # where `python -m studies...` finds them
 
 from studies import ledger, tables  # noqa: E402
+from studies.remedies import analyze as remedies  # noqa: E402
+from studies.remedies import recipe as remedies_recipe  # noqa: E402
+from studies.remedies import run as remedies_run  # noqa: E402
 from studies.selection import analyze as selection  # noqa: E402
 from studies.small_batches import analyze as small_batches  # noqa: E402
 from studies.small_batches import run as small_batches_run  # noqa: E402
@@ -224,6 +227,7 @@ PAGES = {
     'sparsity': (sparsity.report, ['sparsity/results.csv', 'small_batches/results.csv']),
     'selection': (selection.report, ['small_batches/selections.csv']),
     'transfer': (transfer.report, ['transfer/results.csv']),
+    'remedies': (remedies.report, ['remedies/results.csv', 'transfer/results.csv']),
 }
 
 
@@ -453,11 +457,10 @@ def test_bn_refuses_the_image_pooling_of_one_image(fine_tuning):
         model.decode_head(model.backbone(torch.rand(1, 3, 96, 128)))
 
 
-def test_a_run_of_transfer_in_pieces(tmp_path, monkeypatch):
-    """Backbone published, fine-tuned, interrupted by the budget, gone on with, evaluated."""
-    pytest.importorskip('mmseg')
+@pytest.fixture
+def tiny_scenes(tmp_path, monkeypatch) -> Path:
+    """Demo data of 4 + 2 images in the layout of Cityscapes, of which a run sees 8."""
     import mmcv
-    from mmengine.registry import MODELS, init_default_scope
 
     random = np.random.default_rng(0)
     for split, count in (('train', 4), ('val', 2)):
@@ -470,19 +473,34 @@ def test_a_run_of_transfer_in_pieces(tmp_path, monkeypatch):
                 mmcv.imwrite(random.integers(values, size=shape, dtype=np.uint8), str(path))
     images = dict(recipe.SIZES['cpu']['images'], demo=8)
     monkeypatch.setitem(recipe.SIZES, 'cpu', dict(recipe.SIZES['cpu'], images=images))
+    return tmp_path / 'demo'
+
+
+@pytest.fixture
+def trained_backbones(tmp_path) -> Path:
+    """What the study on small batches leaves of SSN, seed 1, at 32 and at 2 images."""
+    from mmengine.registry import MODELS, init_default_scope
+
     init_default_scope('mmseg')
     backbone = dict(type='SSNResNet', depth=18, base_channels=16, stem_channels=16)
-    trained = MODELS.build(backbone).state_dict()
-    folder = tmp_path / 'trained' / 'cpu_SSN_batch32_seed1'
-    folder.mkdir(parents=True)
-    checkpoint = {'state_dict': {f'backbone.{key}': value for key, value in trained.items()}}
-    torch.save(checkpoint, folder / 'epoch_8.pth')
+    for batch in (32, 2):
+        trained = MODELS.build(backbone).state_dict()
+        folder = tmp_path / 'trained' / f'cpu_SSN_batch{batch}_seed1'
+        folder.mkdir(parents=True)
+        checkpoint = {'state_dict': {f'backbone.{key}': value for key, value in trained.items()}}
+        torch.save(checkpoint, folder / 'epoch_8.pth')
+    return tmp_path / 'trained'
+
+
+def test_a_run_of_transfer_in_pieces(tmp_path, tiny_scenes, trained_backbones):
+    """Backbone published, fine-tuned, interrupted by the budget, gone on with, evaluated."""
+    pytest.importorskip('mmseg')
 
     def work(minutes):
         run = dict(size='cpu', data='demo', task='seg', norm='SSN', batch=4, seed=1)
         budget = ledger.Budget(minutes)
-        data = {'demo': tmp_path / 'demo'}
-        arguments = (data, tmp_path / 'trained', tmp_path / 'work' / 'run', budget, 'cpu')
+        data = {'demo': tiny_scenes}
+        arguments = (data, trained_backbones, tmp_path / 'work' / 'run', budget, 'cpu')
         return transfer_run.run_one(run, *arguments)
 
     assert work(0) is None
@@ -553,3 +571,95 @@ def test_bad_input_of_transfer_is_one_line(arguments, code, said, tmp_path, monk
     assert (2 if caught.value.code == 2 else 1) == code
     assert said in capsys.readouterr().err + str(caught.value.code)
     assert not (tmp_path / 'results.csv').exists()
+
+
+# ---------------------------------------------------------------- remedies
+
+
+def test_plan_of_remedies():
+    runs = remedies_recipe.plan('cpu')
+    assert len({ledger.name_of(run) for run in runs}) == len(runs) == 40
+    assert [run['seed'] for run in runs] == [0] * 20 + [1] * 20
+    # What each is compared with is a run of the other study.
+    others = recipe.plan('cpu', ['demo'])
+    assert all(remedies_recipe.of_transfer(run) in others for run in runs)
+
+
+def differences(ours, theirs, place=''):
+    """Places where two configs differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}):
+            yield from differences(ours.get(key), theirs.get(key), f'{place}.{key}')
+    elif ours != theirs:
+        yield place.lstrip('.')
+
+
+@pytest.mark.parametrize('task', remedies_recipe.TASKS)
+@pytest.mark.parametrize('remedy', remedies_recipe.REMEDIES)
+def test_a_remedy_changes_one_thing(remedy, task, tmp_path, fine_tuning):
+    run = dict(size='cpu', task=task, remedy=remedy, batch=2, seed=1)
+    config = remedies_recipe.config_of(run, tmp_path / 'data', 'r18.pth', tmp_path / 'work')
+    changed = set(differences(config.to_dict(), fine_tuning(task=task).to_dict()))
+    heads = {
+        'det': ('neck', 'roi_head.bbox_head', 'roi_head.mask_head'),
+        'seg': ('decode_head', 'auxiliary_head'),
+    }[task]
+    without_bn = {f'model.{h}.norm_cfg.{a}' for h in heads for a in ('normalizers', 'num_groups')}
+    expected = {
+        'norm_eval': {'model.backbone.norm_eval'},
+        'no-BN': without_bn,
+        'norm_eval+no-BN': {'model.backbone.norm_eval', *without_bn},
+        'PreciseStatsHook': {'custom_hooks'},
+        'chosen-at-2': set(),  # another file of weights
+    }
+    assert changed == expected[remedy]
+    assert ('PreciseStatsHook' in {hook['type'] for hook in config.custom_hooks}) == (
+        remedy == 'PreciseStatsHook'
+    )
+
+
+@pytest.mark.parametrize(
+    ('remedy', 'source', 'groups'),
+    [('norm_eval+no-BN', 32, True), ('PreciseStatsHook', 32, False), ('chosen-at-2', 2, False)],
+)
+def test_a_run_of_remedies(remedy, source, groups, tmp_path, tiny_scenes, trained_backbones):
+    pytest.importorskip('mmseg')
+    run = dict(size='cpu', task='seg', remedy=remedy, batch=1, seed=1)
+    budget = ledger.Budget(10)
+    arguments = (tiny_scenes, trained_backbones, tmp_path / 'work' / 'run', budget, 'cpu')
+    row = remedies_run.run_one(run, *arguments)
+    assert (row['iterations'], row['undecided']) == (8, 0)
+    assert row['backbone'].startswith(f'cpu_SSN_batch{source}_seed1-')
+    for statistic in ('mean', 'var'):
+        shares = [float(row[f'{statistic}_{name}']) for name in ('IN', 'LN', 'BN', 'GN')]
+        assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert (float(row['mean_GN']) + float(row['var_GN']) > 0) == groups
+
+
+def test_tables_of_remedies():
+    def rows(name, values, **key):
+        for seed, score in enumerate(values):
+            scores = dict(box_ap50=f'{score}') if key['task'] == 'det' else dict(miou=f'{score}')
+            yield {**key, name[0]: name[1], 'size': 'cpu', 'seed': str(seed), **scores}
+
+    others = [
+        *rows(('norm', 'SSN'), (40, 42), data='demo', task='det', batch='1'),
+        *rows(('norm', 'GN'), (60, 62), data='demo', task='det', batch='1'),
+        *rows(('norm', 'GN'), (1, 2), data='coco', task='det', batch='1'),
+    ]
+    own = [
+        *rows(('remedy', 'norm_eval'), (50, 52), task='det', batch='1'),
+        *rows(('remedy', 'no-BN'), (59, 63), task='det', batch='1'),
+    ]
+    det = transfer.Comparison(remedies.joined(own, others), 'demo', 'det')
+    scores = cells(remedies.score_table(det))
+    assert scores['SSN as it is'] == ['not yet run', '41.0 (40.0-42.0)', '0 / 2']
+    assert scores['GN'] == ['not yet run', '61.0 (60.0-62.0)', '0 / 2']
+    judged = cells(remedies.verdict_table(det))
+    assert judged['norm_eval'] == ['not yet run', 'higher', 'not yet run', 'lower']
+    assert judged['no-BN'] == ['not yet run', 'higher', 'not yet run', 'no difference seen']
+    assert 'refused by torch' in remedies.report(own, others)
+    from matplotlib.figure import Figure
+
+    figure = remedies.remedies_figure(remedies.joined(own, others), 'title')
+    assert isinstance(figure, Figure)

@@ -17,10 +17,10 @@ from ssn_plugin.analysis.figures import (
 )
 from ssn_plugin.analysis.places import place_of
 from studies.ledger import add_analyze_arguments, read
+from studies.rules import CANDIDATES
 from studies.small_batches.analyze import BATCHES
 from studies.tables import markdown, put_into, spread
 
-CANDIDATES = ('IN', 'LN', 'BN')
 NORMS = ('SN', 'SSN', 'SSN-radius0')
 SHUFFLES = 10000
 Choice = dict[str, str]  # a row of selections.csv

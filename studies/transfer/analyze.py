@@ -55,6 +55,19 @@ class Comparison:
         """
         return self.values(SCORES[self.task][0], norm, batch)
 
+    def cell(self, column: str, norm: str, batch: int, digits: int = 1) -> str:
+        """Mean over seeds, smallest and largest.
+
+        Args:
+            column: Name of the column.
+            norm: Name of the norm.
+            batch: Images per batch.
+            digits: Behind the point.
+        """
+        if (self.task, norm, batch) == IMPOSSIBLE:
+            return 'refused by torch'
+        return spread(self.values(column, norm, batch), digits)
+
     @property
     def learned(self) -> bool:
         """Whether a run got above the floor."""
@@ -71,14 +84,10 @@ def score_table(comparison: Comparison, column: str, digits: int = 1) -> str:
     """
     lines = []
     for norm in NORMS:
-        cells, counts = [], []
-        for batch in BATCHES:
-            values = comparison.values(column, norm, batch)
-            refused = (comparison.task, norm, batch) == IMPOSSIBLE
-            cells.append('refused by torch' if refused else spread(values, digits))
-            counts.append(str(len(values)))
+        cells = [comparison.cell(column, norm, batch, digits) for batch in BATCHES]
+        counts = [str(len(comparison.values(column, norm, batch))) for batch in BATCHES]
         lines.append([norm, *cells, ' / '.join(counts)])
-    return markdown(['norm', *(_images(batch) for batch in BATCHES), 'seeds'], lines)
+    return markdown(['norm', *map(images, BATCHES), 'seeds'], lines)
 
 
 def verdict_table(comparison: Comparison) -> str:
@@ -99,10 +108,15 @@ def verdict_table(comparison: Comparison) -> str:
         ]
         lines.append([f'SSN against {norm}', *found])
     name = SCORES[comparison.task][1]
-    return markdown([name, *(_images(batch) for batch in BATCHES)], lines)
+    return markdown([name, *map(images, BATCHES)], lines)
 
 
-def _images(batch: int) -> str:
+def images(batch: int) -> str:
+    """Head of a column.
+
+    Args:
+        batch: Images per batch.
+    """
     return f'{batch} image{"s" * (batch > 1)}'
 
 

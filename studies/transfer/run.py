@@ -6,10 +6,11 @@ processes may run this at the same time. Needs mmdet and mmseg.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ssn_plugin.analysis.importance_ratios import importance_ratios
@@ -26,7 +27,7 @@ from studies.ledger import (
     work_through,
 )
 from studies.pieces import BudgetSpentError, PieceHook
-from studies.rules import shares
+from studies.rules import CANDIDATES, shares
 from studies.small_batches import run as small_batches
 from studies.transfer.recipe import TASKS, config_of, plan
 
@@ -34,18 +35,19 @@ from studies.transfer.recipe import TASKS, config_of, plan
 PRETRAINED_BATCH = 32
 
 
-def backbone_of(run: Row, trained: Path, out: Path) -> str:
+def backbone_of(run: Row, trained: Path, out: Path, batch: int = PRETRAINED_BATCH) -> str:
     """The published backbone that a run starts from.
 
     Args:
         run: An entry of the plan.
         trained: Work dir of the study on small batches.
         out: Folder for published backbones.
+        batch: Images per batch that the backbone was trained with.
 
     Raises:
         CheckpointError: If that study has not finished the run whose backbone it is.
     """
-    source = dict(size=run['size'], norm=run['norm'], batch=PRETRAINED_BATCH, seed=run['seed'])
+    source = dict(size=run['size'], norm=run['norm'], batch=batch, seed=run['seed'])
     epochs = small_batches.SIZES[run['size']]['epochs']
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = trained / name_of(source) / f'epoch_{epochs}.pth'
@@ -69,7 +71,26 @@ def run_one(
         The other fields of its row, or None if the budget ended before the run did.
     """
     backbone = backbone_of(run, trained, work_dir.parent / 'backbones')
-    runner = Runner.from_cfg(config_of(run, data, backbone, work_dir))
+    config = config_of(run, data, backbone, work_dir)
+    return fine_tune(config, run['task'], CANDIDATES, budget, device)
+
+
+def fine_tune(
+    config: Config, task: str, candidates: Sequence[str], budget: Budget, device: str
+) -> Row | None:
+    """Train and evaluate one config.
+
+    Args:
+        config: As ``config_of`` makes it.
+        task: 'det' or 'seg'.
+        candidates: Normalizers whose shares are recorded.
+        budget: Ends the run behind a checkpoint.
+        device: 'cpu' or 'cuda'.
+
+    Returns:
+        What a row says of it, or None if the budget ended before the run did.
+    """
+    runner = Runner.from_cfg(config)
     piece = PieceHook(budget)
     runner.register_hook(piece)
     try:
@@ -81,11 +102,11 @@ def run_one(
     ratios = importance_ratios(runner.model)
     return {
         'iterations': runner.iter,
-        **scores(run['task'], metrics),
+        **scores(task, metrics),
         'train_loss': f'{losses.mean(max(runner.iter // 8, 1)):.4f}',
-        **shares(ratios),
+        **shares(ratios, candidates),
         'undecided': sum(not row.decided for row in ratios) if ratios else '',
-        'backbone': Path(backbone).name,
+        'backbone': Path(config.model.backbone.init_cfg.checkpoint).name,
         'wall_seconds': round(piece.seconds),
         'pieces': piece.pieces,
         **provenance(device),

@@ -1,0 +1,86 @@
+"""Fine-tune and evaluate SSN with every remedy: one row of results.csv per finished run.
+
+Runs that have a row are skipped, and an interrupted run goes on from its last checkpoint. Several
+processes may run this at the same time. Needs mmdet and mmseg.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.engine.preflight import InputError, check_data
+from studies.ledger import Budget, Row, add_run_arguments, choose_device, work_through
+from studies.remedies.recipe import TASKS, config_of, of_transfer, plan
+from studies.rules import CANDIDATES
+from studies.transfer.run import PRETRAINED_BATCH, backbone_of, fine_tune
+
+
+def run_one(
+    run: Row, data: Path, trained: Path, work_dir: Path, budget: Budget, device: str
+) -> Row | None:
+    """Train and evaluate one run.
+
+    Args:
+        run: An entry of the plan.
+        data: What tools/make_demo_dataset.py makes.
+        trained: Work dir of the study on small batches.
+        work_dir: For logs and checkpoints.
+        budget: Ends the run behind a checkpoint.
+        device: 'cpu' or 'cuda'.
+
+    Returns:
+        The other fields of its row, or None if the budget ended before the run did.
+    """
+    batch = 2 if run['remedy'] == 'chosen-at-2' else PRETRAINED_BATCH
+    backbone = backbone_of(of_transfer(run), trained, work_dir.parent / 'backbones', batch)
+    config = config_of(run, data, backbone, work_dir)
+    return fine_tune(config, run['task'], (*CANDIDATES, 'GN'), budget, device)
+
+
+def main() -> None:
+    """Parse, check, work through the plan."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='example: python -m studies.remedies.run --data data/demo',
+    )
+    parser.add_argument(
+        '--data',
+        type=Path,
+        required=True,
+        metavar='FOLDER',
+        help='what tools/make_demo_dataset.py makes',
+    )
+    parser.add_argument(
+        '--trained',
+        type=Path,
+        default=Path('work_dirs/studies/small_batches'),
+        help='work dir of small_batches (default: %(default)s)',
+    )
+    add_run_arguments(parser, 'remedies')
+    args = parser.parse_args()
+    choose_device(args.device)
+    runs = plan(args.size)
+    torch.set_num_threads(1)  # the same sums every time
+    budget = Budget(args.budget_minutes)
+    try:
+        for task in TASKS:
+            first = next(run for run in runs if run['task'] == task)
+            for split in ('train', 'val'):
+                check_data(config_of(first, args.data, '', args.work_dir), split)
+        work_through(
+            runs,
+            args.work_dir,
+            args.out / 'results.csv',
+            budget,
+            lambda run, folder: run_one(run, args.data, args.trained, folder, budget, args.device),
+        )
+    except (InputError, CheckpointError) as error:
+        sys.exit(f'run.py: {error}')
+
+
+if __name__ == '__main__':
+    main()
