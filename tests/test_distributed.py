@@ -7,18 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssn_plugin.demo_data import make_demo_dataset
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py'
 ITERATIONS = 8
+GPUS = torch.cuda.device_count()
 
 
-def run(*arguments: object, cwd: Path, seconds: float = 120) -> subprocess.CompletedProcess:
-    """A script under a time limit, at whose end no process of it is left."""
+def run(
+    *arguments: object, cwd: Path, seconds: float = 120, gpus: bool = GPUS > 1
+) -> subprocess.CompletedProcess:
+    """A script under a time limit, at whose end no process of it is left.
+
+    Two processes take two GPUs and nccl where there are two, else the CPU and gloo.
+    """
     environment = {
         **os.environ,
+        **({} if gpus else {'CUDA_VISIBLE_DEVICES': ''}),
         'PYTHON': sys.executable,
         'PYTHONPATH': os.pathsep.join(
             [str(ROOT / 'tests/support'), os.environ.get('PYTHONPATH', '')]
@@ -46,10 +54,8 @@ def run(*arguments: object, cwd: Path, seconds: float = 120) -> subprocess.Compl
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory) -> tuple[Path, list[list[dict]]]:
-    """The folder of a training by ``dist_train.sh``, and what each process noted."""
-    folder = tmp_path_factory.mktemp('run')
+def train(folder: Path, processes: int, *options: str, gpus: bool = GPUS > 1) -> list[list[dict]]:
+    """What each process of a training by ``dist_train.sh`` noted; the rest is in the folder."""
     make_demo_dataset(folder / 'data/demo', num_train=6, num_val=3)
     text = CONFIG.read_text().replace("'../_base_", f"'{CONFIG.parents[1]}/_base_")
     (folder / 'own.py').write_text(
@@ -65,9 +71,10 @@ def trained(tmp_path_factory) -> tuple[Path, list[list[dict]]]:
     result = run(
         ROOT / 'tools/dist_train.sh',
         'own.py',
-        2,
+        processes,
         '--work-dir',
         'trained',
+        *options,
         '--cfg-options',
         f'train_cfg.max_iters={ITERATIONS}',
         f'train_cfg.val_interval={ITERATIONS}',
@@ -78,10 +85,18 @@ def trained(tmp_path_factory) -> tuple[Path, list[list[dict]]]:
         # so that some ratios are one-hot before the radius makes them so
         'optim_wrapper.paramwise_cfg.ssn_lr_mult=2000.0',
         cwd=folder,
+        gpus=gpus,
     )
     assert result.returncode == 0, result.stdout[-4000:]
-    logs = [(folder / f'rank{rank}.jsonl').read_text().splitlines() for rank in range(2)]
-    return folder, [[json.loads(line) for line in log] for log in logs]
+    logs = [(folder / f'rank{rank}.jsonl').read_text().splitlines() for rank in range(processes)]
+    return [[json.loads(line) for line in log] for log in logs]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> tuple[Path, list[list[dict]]]:
+    """The folder of a training in two processes, and what each noted."""
+    folder = tmp_path_factory.mktemp('run')
+    return folder, train(folder, 2)
 
 
 @pytest.mark.slow
@@ -132,6 +147,25 @@ def test_the_test_script_evaluates_in_two_processes(trained):
     for name, value in validated.items():
         if name.startswith('coco/'):
             assert tested[name] == value, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GPUS == 0, reason='needs a GPU')
+def test_mixed_precision_over_nccl(tmp_path):
+    """One GPU suffices: nccl and the loss scale of float16 are those of many."""
+    from mmcv.ops import get_compiling_cuda_version
+
+    if get_compiling_cuda_version() == 'not available':
+        pytest.skip('mmcv has no operators for GPUs')
+    logs = train(tmp_path, min(GPUS, 2), '--amp', gpus=True)
+    for log in logs:
+        assert all(sum(pair) == 2 for pair in log[-1]['fixed'].values())
+        assert [record['parameters'] for record in log] == [
+            record['parameters'] for record in logs[0]
+        ]
+    checkpoint = torch.load(tmp_path / f'trained/iter_{ITERATIONS}.pth', weights_only=False)
+    assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
+    assert 'loss_scaler' in checkpoint['optimizer']
 
 
 @pytest.mark.parametrize(

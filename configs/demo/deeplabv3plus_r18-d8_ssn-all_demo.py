@@ -103,4 +103,3 @@ default_hooks = dict(
     visualization=dict(type='SegVisualizationHook'),
 )
 log_processor = dict(by_epoch=False, window_size=20)
-env_cfg = dict(dist_cfg=dict(backend='gloo'))

@@ -117,4 +117,3 @@ default_hooks = dict(
     checkpoint=dict(type='SSNCheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False, window_size=20)
-env_cfg = dict(dist_cfg=dict(backend='gloo'))

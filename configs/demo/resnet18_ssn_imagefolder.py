@@ -83,4 +83,4 @@ default_hooks = dict(
     checkpoint=dict(type='SSNCheckpointHook', interval=1, max_keep_ckpts=2),
 )
 randomness = dict(seed=0)
-env_cfg = dict(cudnn_benchmark=False, dist_cfg=dict(backend='gloo'))
+env_cfg = dict(cudnn_benchmark=False)
