@@ -150,7 +150,10 @@ def main() -> None:
     put_into(args.out / 'README.md', text)
     for size in sorted({row['size'] for row in trained}):
         results = Results(trained, size)
-        title = f'SSN minus what stays mixed, size {size}\none mark per seed; no difference unless the mean leaves the grey'
+        title = (
+            f'SSN minus what stays mixed, size {size}\n'
+            'one mark per seed; no difference unless the mean leaves the grey'
+        )
         save_both(sparsity_figure(results, title), args.out, f'difference_{size}')
 
 
