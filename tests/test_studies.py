@@ -259,6 +259,15 @@ def test_the_page_of_results_quotes_the_rows():
             mean = sum(selection.share(seed, 'BN') for seed in seeds) / len(seeds)
             shares.append(f'{mean:.2f}'.removeprefix('0'))
         assert ' / '.join(shares) in page, norm
+    rows = ledger.read(ROOT / 'studies' / 'transfer' / 'results.csv')
+    for task in ('det', 'seg'):
+        comparison = transfer.Comparison(rows, 'demo', task)
+        for norm in ('SSN', 'BN', 'GN'):
+            means = [
+                f'{sum(values) / len(values):.1f}' if values else 'refused by torch'
+                for values in (comparison.scores(norm, batch) for batch in recipe.BATCHES)
+            ]
+            assert f'{norm} {" / ".join(means)}' in page, (task, norm)
 
 
 def test_tables_are_put_between_the_marks_alone(tmp_path):
