@@ -156,6 +156,16 @@ def test_converted_config_builds(tmp_path):
     assert ast.literal_eval(_arguments(added)) == {'type': 'SSN', 'requires_grad': True}
 
 
+def test_config_for_one_image_builds(tmp_path):
+    (change,) = (t for t in blocks(ROOT / 'docs' / 'convert.md', 'python') if 'new = ' in t)
+    base = ROOT / 'configs' / 'coco' / 'mask-rcnn_r50_fpn_ssn-all_2x_coco.py'
+    model = built(as_config(f'_base_ = [{str(base)!r}]\n{change}', tmp_path))
+    assert model.backbone.norm_eval
+    for name, layer in model.named_modules():
+        if isinstance(layer, SwitchableNorm):
+            assert ('BN' in layer.normalizers) == name.startswith('backbone.'), name
+
+
 def _arguments(line: str) -> str:
     inside = re.search(r'dict\((.*)\)', line).group(1)
     return '{' + re.sub(r'(\w+)=', r"'\1': ", inside) + '}'

@@ -268,6 +268,15 @@ def test_the_page_of_results_quotes_the_rows():
                 for values in (comparison.scores(norm, batch) for batch in recipe.BATCHES)
             ]
             assert f'{norm} {" / ".join(means)}' in page, (task, norm)
+    rows = remedies.joined(ledger.read(ROOT / 'studies' / 'remedies' / 'results.csv'), rows)
+    for task, score in (('det', 'box AP50'), ('seg', 'mIoU')):
+        comparison = transfer.Comparison(rows, 'demo', task)
+        names = ('SSN', 'norm_eval+no-BN', 'GN')
+        before, after, other = (
+            f'{sum(values) / len(values):.1f}'
+            for values in (comparison.scores(name, 1) for name in names)
+        )
+        assert f'{score} {before} -> {after} (GN {other})' in page
 
 
 def test_tables_are_put_between_the_marks_alone(tmp_path):

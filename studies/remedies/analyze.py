@@ -111,7 +111,8 @@ def remedies_figure(rows: Sequence[dict[str, str]], title: str) -> Figure:
                 ax.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=1.2)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_yticks(range(len(names)), [_label(name) for name in names])
-        ax.set_xlim(left=0)
+        scores = [value for name in names for b in BATCHES for value in comparison.scores(name, b)]
+        ax.set_xlim(0, 1.08 * max(scores, default=1))
         ax.set_xlabel(f'{SCORES[task][1]}, %')
         ax.set_title(f'{NETWORKS[task]}, {images(batch)}', fontsize=10)
         ax.grid(axis='x', color='#00000022')
@@ -133,17 +134,15 @@ def main() -> None:
         help='folder of the results.csv of transfer (default: %(default)s)',
     )
     args = parser.parse_args()
-    rows, transferred = (
-        read(args.results / 'results.csv'),
-        read(args.transfer_results / 'results.csv'),
-    )
+    rows = read(args.results / 'results.csv')
+    transferred = read(args.transfer_results / 'results.csv')
     text = report(rows, transferred)
     print(text)
     put_into(args.out / 'README.md', text)
     for size in sorted({row['size'] for row in rows}):
         own = [row for row in joined(rows, transferred) if row['size'] == size]
         title = (
-            f'SSN at 2 and 1 images with one thing changed, size {size}: a mark per run, line: mean'
+            f'SSN as it is, with remedies, and other norms, size {size}: a mark per run, bar: mean'
         )
         save_both(remedies_figure(own, title), args.out, f'scores_{size}')
 
