@@ -3,12 +3,11 @@
 import csv
 import datetime
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
 
-import ssn_plugin
+from ssn_plugin.engine.versions import code_version
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -19,20 +18,13 @@ def provenance(device: torch.device) -> dict[str, str]:
     Args:
         device: Where it was measured.
     """
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=8'],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
     else:
         name = f'{_processor()}, {torch.get_num_threads()} threads'
     return {
         'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d'),
-        'commit': git.stdout.strip() or f'v{ssn_plugin.__version__}',
+        'commit': code_version(RESULTS.parent),
         'torch': torch.__version__,
         'device': name,
     }

@@ -6,15 +6,14 @@ import csv
 import datetime
 import fcntl
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-import ssn_plugin
 from ssn_plugin.checkpoint.whole_file import whole_file
+from ssn_plugin.engine.versions import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = Mapping[str, object]
@@ -236,17 +235,10 @@ def provenance(device: str) -> dict[str, str]:
     Args:
         device: 'cpu' or 'cuda'.
     """
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=8'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d'),
         'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu',
         'threads': str(torch.get_num_threads()),
         'torch': torch.__version__,
-        'commit': git.stdout.strip() or f'v{ssn_plugin.__version__}',
+        'commit': code_version(ROOT),
     }

@@ -1,7 +1,9 @@
 """Which versions a run is made with."""
 
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -41,6 +43,31 @@ def versions() -> dict[str, str]:
                 continue
     found['device'] = _device()
     return found
+
+
+def code_version(folder: Path) -> str:
+    """The commit that the code in a checkout is of, for what was measured with it.
+
+    '-dirty' follows if a Python file is not as committed; what a measurement itself has written
+    does not count. Outside of a checkout it is the version of this package.
+
+    Args:
+        folder: Anywhere in the checkout.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+
+    try:
+        commit = git('rev-parse', '--short=8', 'HEAD').stdout.strip()
+        changed = commit and git('status', '--porcelain', ':/*.py').stdout
+    except FileNotFoundError:  # no git
+        commit = ''
+    if not commit:
+        return f'v{__version__}'
+    return f'{commit}-dirty' if changed else commit
 
 
 def _device() -> str:
