@@ -22,6 +22,15 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+def test_figures_of_the_readme_are_those_of_the_page_of_results():
+    _, _, status = (ROOT / 'README.md').read_text().partition('## Status\n')
+    status, _, _ = status.partition('\n## ')
+    figures = set(re.findall(r'(?<![\w.])(\d+\.\d+|\d+(?= %| x ))(?![\w.]*/)', status))
+    assert len(figures) > 10
+    known = set(re.findall(r'\d+(?:\.\d+)?', (ROOT / 'docs' / 'results.md').read_text()))
+    assert figures <= known
+
+
 def test_make_targets_that_are_named_exist():
     named = set()
     for page in PAGES:
