@@ -10,6 +10,7 @@ import torch
 from ssn_plugin.engine.versions import code_version
 
 RESULTS = Path(__file__).parent / 'results'
+_COMMIT = code_version(RESULTS.parent)  # that of the code which is going to run
 
 
 def provenance(device: torch.device) -> dict[str, str]:
@@ -24,7 +25,7 @@ def provenance(device: torch.device) -> dict[str, str]:
         name = f'{_processor()}, {torch.get_num_threads()} threads'
     return {
         'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d'),
-        'commit': code_version(RESULTS.parent),
+        'commit': _COMMIT,
         'torch': torch.__version__,
         'device': name,
     }

@@ -16,6 +16,8 @@ from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.engine.versions import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
+# At the start: a run takes minutes to hours, in which others commit.
+_COMMIT = code_version(ROOT)
 Row = Mapping[str, object]
 
 
@@ -240,5 +242,5 @@ def provenance(device: str) -> dict[str, str]:
         'device': torch.cuda.get_device_name() if device == 'cuda' else 'cpu',
         'threads': str(torch.get_num_threads()),
         'torch': torch.__version__,
-        'commit': code_version(ROOT),
+        'commit': _COMMIT,
     }

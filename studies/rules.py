@@ -38,11 +38,17 @@ def shares(ratios: Sequence[LayerRatios], candidates: Sequence[str] = CANDIDATES
 
     Args:
         ratios: Layer by layer; none for BN and GN.
-        candidates: Normalizers, those that some layers alone can choose too.
+        candidates: All normalizers that any layer can choose.
+
+    Raises:
+        KeyError: If a layer can choose another one.
     """
     found = {}
     for statistic in STATISTICS:
-        for name in candidates:
-            values = [row.ratios(statistic).get(name, 0.0) for row in ratios]
-            found[f'{statistic}_{name}'] = f'{sum(values) / len(values):.4f}' if values else ''
+        sums = dict.fromkeys(candidates, 0.0)
+        for row in ratios:
+            for name, value in row.ratios(statistic).items():
+                sums[name] += value
+        for name, total in sums.items():
+            found[f'{statistic}_{name}'] = f'{total / len(ratios):.4f}' if ratios else ''
     return found

@@ -152,7 +152,7 @@ def test_the_test_script_evaluates_in_two_processes(trained):
 @pytest.mark.slow
 @pytest.mark.skipif(GPUS == 0, reason='needs a GPU')
 def test_mixed_precision_over_nccl(tmp_path):
-    """One GPU suffices: nccl and the loss scale of float16 are those of many."""
+    """With one GPU it is a process alone, where SyncSSN has nobody to talk to."""
     from mmcv.ops import get_compiling_cuda_version
 
     if get_compiling_cuda_version() == 'not available':
@@ -160,9 +160,9 @@ def test_mixed_precision_over_nccl(tmp_path):
     logs = train(tmp_path, min(GPUS, 2), '--amp', gpus=True)
     for log in logs:
         assert all(sum(pair) == 2 for pair in log[-1]['fixed'].values())
-        assert [record['parameters'] for record in log] == [
-            record['parameters'] for record in logs[0]
-        ]
+    if GPUS > 1:
+        ours, theirs = ([record['parameters'] for record in log] for log in logs)
+        assert ours == theirs
     checkpoint = torch.load(tmp_path / f'trained/iter_{ITERATIONS}.pth', weights_only=False)
     assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
     assert 'loss_scaler' in checkpoint['optimizer']

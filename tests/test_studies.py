@@ -279,6 +279,16 @@ def test_the_page_of_results_quotes_the_rows():
         assert f'{score} {before} -> {after} (GN {other})' in page
 
 
+def test_the_readme_quotes_the_rows():
+    page = (ROOT / 'README.md').read_text()
+    rows = ledger.read(ROOT / 'studies' / 'small_batches' / 'results.csv')
+    found = small_batches.Results(rows, 'cpu')
+    for batch, norms in ((2, ('BN', 'SN', 'SSN', 'GN')), (32, ('BN', 'SSN', 'GN'))):
+        means = {norm: found.values('top1', norm, batch) for norm in norms}
+        text = ', '.join(f'{norm} {sum(v) / len(v):.1f} %' for norm, v in means.items())
+        assert text in page.replace('**', '')
+
+
 def test_tables_are_put_between_the_marks_alone(tmp_path):
     page = tmp_path / 'README.md'
     tables.put_into(page, 'new')
@@ -676,8 +686,25 @@ def test_tables_of_remedies():
     judged = cells(remedies.verdict_table(det))
     assert judged['norm_eval'] == ['not yet run', 'higher', 'not yet run', 'lower']
     assert judged['no-BN'] == ['not yet run', 'higher', 'not yet run', 'no difference seen']
-    assert 'refused by torch' in remedies.report(own, others)
-    from matplotlib.figure import Figure
-
+    report = remedies.report(own, others)
+    assert 'Mask R-CNN:' in report
+    assert '59.0-63.0' in report
     figure = remedies.remedies_figure(remedies.joined(own, others), 'title')
-    assert isinstance(figure, Figure)
+    drawn = [
+        sorted(float(x) for marks in ax.collections for x, _ in marks.get_offsets())
+        for ax in figure.axes
+    ]
+    assert drawn == [[], [40, 42, 50, 52, 59, 60, 62, 63], [], []]  # those of COCO are not of it
+
+
+def test_a_missing_backbone_is_one_line_before_any_run(tmp_path, tiny_scenes, trained_backbones):
+    command = [sys.executable, '-m', 'studies.remedies.run', '--data', tiny_scenes]
+    folders = ['--trained', trained_backbones, '--work-dir', tmp_path / 'w', '--out', tmp_path]
+    done = subprocess.run(
+        [*command, *folders], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert 'run.py: --trained: ' in done.stderr
+    assert 'cpu_SSN_batch2_seed0' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not (tmp_path / 'w').exists()

@@ -49,25 +49,24 @@ def code_version(folder: Path) -> str:
     """The commit that the code in a checkout is of, for what was measured with it.
 
     '-dirty' follows if a Python file is not as committed; what a measurement itself has written
-    does not count. Outside of a checkout it is the version of this package.
+    does not count. Where git has no files of the folder it is the version of this package.
 
     Args:
         folder: Anywhere in the checkout.
     """
 
-    def git(*arguments: str) -> subprocess.CompletedProcess:
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=False
-        )
+            ['git', *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        commit = git('rev-parse', '--short=8', 'HEAD').stdout.strip()
-        changed = commit and git('status', '--porcelain', ':/*.py').stdout
-    except FileNotFoundError:  # no git
-        commit = ''
-    if not commit:
+        if not git('ls-files', '.'):  # within a checkout of something else
+            return f'v{__version__}'
+        commit = git('rev-parse', '--short=8', 'HEAD')
+        return f'{commit}-dirty' if git('status', '--porcelain', ':/*.py') else commit
+    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, no checkout
         return f'v{__version__}'
-    return f'{commit}-dirty' if changed else commit
 
 
 def _device() -> str:

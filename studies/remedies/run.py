@@ -11,11 +11,20 @@ from pathlib import Path
 import torch
 
 from ssn_plugin.checkpoint.files import CheckpointError
-from ssn_plugin.engine.preflight import InputError, check_data
+from ssn_plugin.engine.preflight import InputError, check_checkpoint, check_data
 from studies.ledger import Budget, Row, add_run_arguments, choose_device, work_through
 from studies.remedies.recipe import TASKS, config_of, of_transfer, plan
 from studies.rules import CANDIDATES
-from studies.transfer.run import PRETRAINED_BATCH, backbone_of, fine_tune
+from studies.transfer.run import PRETRAINED_BATCH, backbone_of, checkpoint_of, fine_tune
+
+
+def pretrained_batch(run: Row) -> int:
+    """Images per batch that the backbone of a run was trained with.
+
+    Args:
+        run: An entry of the plan.
+    """
+    return 2 if run['remedy'] == 'chosen-at-2' else PRETRAINED_BATCH
 
 
 def run_one(
@@ -34,8 +43,8 @@ def run_one(
     Returns:
         The other fields of its row, or None if the budget ended before the run did.
     """
-    batch = 2 if run['remedy'] == 'chosen-at-2' else PRETRAINED_BATCH
-    backbone = backbone_of(of_transfer(run), trained, work_dir.parent / 'backbones', batch)
+    backbones = work_dir.parent / 'backbones'
+    backbone = backbone_of(of_transfer(run), trained, backbones, pretrained_batch(run))
     config = config_of(run, data, backbone, work_dir)
     return fine_tune(config, run['task'], (*CANDIDATES, 'GN'), budget, device)
 
@@ -67,6 +76,11 @@ def main() -> None:
     torch.set_num_threads(1)  # the same sums every time
     budget = Budget(args.budget_minutes)
     try:
+        needed = {
+            checkpoint_of(of_transfer(run), args.trained, pretrained_batch(run)) for run in runs
+        }
+        for path in sorted(needed):
+            check_checkpoint('--trained', str(path))
         for task in TASKS:
             first = next(run for run in runs if run['task'] == task)
             for split in ('train', 'val'):

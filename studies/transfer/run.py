@@ -47,11 +47,22 @@ def backbone_of(run: Row, trained: Path, out: Path, batch: int = PRETRAINED_BATC
     Raises:
         CheckpointError: If that study has not finished the run whose backbone it is.
     """
+    checkpoint = checkpoint_of(run, trained, batch)
+    out.mkdir(parents=True, exist_ok=True)
+    return str(publish_backbone(checkpoint, out / f'{checkpoint.parent.name}.pth').path)
+
+
+def checkpoint_of(run: Row, trained: Path, batch: int = PRETRAINED_BATCH) -> Path:
+    """The checkpoint of small_batches whose backbone a run starts from.
+
+    Args:
+        run: An entry of the plan.
+        trained: Work dir of the study on small batches.
+        batch: Images per batch that it was trained with.
+    """
     source = dict(size=run['size'], norm=run['norm'], batch=batch, seed=run['seed'])
     epochs = small_batches.SIZES[run['size']]['epochs']
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = trained / name_of(source) / f'epoch_{epochs}.pth'
-    return str(publish_backbone(checkpoint, out / f'{name_of(source)}.pth').path)
+    return trained / name_of(source) / f'epoch_{epochs}.pth'
 
 
 def run_one(

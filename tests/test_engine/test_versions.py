@@ -25,6 +25,9 @@ def test_commit_of_the_code(tmp_path, monkeypatch):
     git('commit', '-m', 'first')
     commit = git('rev-parse', 'HEAD')[:8]
     assert code_version(folder) == commit
+    other = tmp_path / 'unpacked'
+    other.mkdir()
+    assert code_version(other) == f'v{__version__}'  # the checkout is not of this folder
     (folder / 'results.csv').write_text('rows')  # what a measurement writes
     (folder / 'figure.svg').write_text('new')
     assert code_version(folder) == commit
