@@ -407,6 +407,7 @@ def fine_tuning(tmp_path):
     """The config of a run of transfer."""
 
     def config_of(data='demo', task='det', norm='SSN', batch=2, size='cpu'):
+        pytest.importorskip({'det': 'mmdet', 'seg': 'mmseg'}[task])
         run = dict(size=size, data=data, task=task, norm=norm, batch=batch, seed=1)
         return recipe.config_of(run, {data: tmp_path / 'data'}, 'r18.pth', tmp_path / 'work')
 
@@ -507,6 +508,7 @@ def tiny_scenes(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def trained_backbones(tmp_path) -> Path:
     """What the study on small batches leaves of SSN, seed 1, at 32 and at 2 images."""
+    pytest.importorskip('mmseg')
     from mmengine.registry import MODELS, init_default_scope
 
     init_default_scope('mmseg')
@@ -522,7 +524,6 @@ def trained_backbones(tmp_path) -> Path:
 
 def test_a_run_of_transfer_in_pieces(tmp_path, tiny_scenes, trained_backbones):
     """Backbone published, fine-tuned, interrupted by the budget, gone on with, evaluated."""
-    pytest.importorskip('mmseg')
 
     def work(minutes):
         run = dict(size='cpu', data='demo', task='seg', norm='SSN', batch=4, seed=1)
@@ -625,6 +626,7 @@ def differences(ours, theirs, place=''):
 @pytest.mark.parametrize('task', remedies_recipe.TASKS)
 @pytest.mark.parametrize('remedy', remedies_recipe.REMEDIES)
 def test_a_remedy_changes_one_thing(remedy, task, tmp_path, fine_tuning):
+    pytest.importorskip({'det': 'mmdet', 'seg': 'mmseg'}[task])  # its config names it
     run = dict(size='cpu', task=task, remedy=remedy, batch=2, seed=1)
     config = remedies_recipe.config_of(run, tmp_path / 'data', 'r18.pth', tmp_path / 'work')
     changed = set(differences(config.to_dict(), fine_tuning(task=task).to_dict()))
@@ -651,7 +653,6 @@ def test_a_remedy_changes_one_thing(remedy, task, tmp_path, fine_tuning):
     [('norm_eval+no-BN', 32, True), ('PreciseStatsHook', 32, False), ('chosen-at-2', 2, False)],
 )
 def test_a_run_of_remedies(remedy, source, groups, tmp_path, tiny_scenes, trained_backbones):
-    pytest.importorskip('mmseg')
     run = dict(size='cpu', task='seg', remedy=remedy, batch=1, seed=1)
     budget = ledger.Budget(10)
     arguments = (tiny_scenes, trained_backbones, tmp_path / 'work' / 'run', budget, 'cpu')
