@@ -427,7 +427,6 @@ def fine_tuning(tmp_path):
 def test_network_of_transfer_has_one_norm_throughout(task, norm, size, fine_tuning):
     from mmengine.registry import MODELS, init_default_scope
 
-    pytest.importorskip({'det': 'mmdet', 'seg': 'mmseg'}[task])
     config = fine_tuning(task=task, norm=norm, size=size)
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)  # init_cfg is not used before init_weights()
@@ -476,7 +475,6 @@ def test_data_of_transfer(fine_tuning):
 
 def test_bn_refuses_the_image_pooling_of_one_image(fine_tuning):
     """Why the plan lacks that run."""
-    pytest.importorskip('mmseg')
     from mmengine.registry import MODELS, init_default_scope
 
     config = fine_tuning('demo', 'seg', 'BN', 1)
