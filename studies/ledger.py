@@ -50,6 +50,20 @@ def add_run_arguments(parser: argparse.ArgumentParser, study: str) -> None:
     )
 
 
+def add_trained_argument(parser: argparse.ArgumentParser) -> None:
+    """The argument of a ``run.py`` that goes on from the checkpoints of the study small_batches.
+
+    Args:
+        parser: Gets it.
+    """
+    parser.add_argument(
+        '--trained',
+        type=Path,
+        default=Path('work_dirs') / 'studies' / 'small_batches',
+        help='work dir of small_batches (default: %(default)s)',
+    )
+
+
 def add_analyze_arguments(
     parser: argparse.ArgumentParser, study: str, source: str = '', file: str = 'results.csv'
 ) -> None:

@@ -262,7 +262,7 @@ def test_the_page_of_results_quotes_the_rows():
     rows = ledger.read(ROOT / 'studies' / 'transfer' / 'results.csv')
     for task in ('det', 'seg'):
         comparison = transfer.Comparison(rows, 'demo', task)
-        for norm in ('SSN', 'BN', 'GN'):
+        for norm in recipe.NORMS:
             means = [
                 f'{sum(values) / len(values):.1f}' if values else 'refused by torch'
                 for values in (comparison.scores(norm, batch) for batch in recipe.BATCHES)

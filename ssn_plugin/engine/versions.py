@@ -53,6 +53,12 @@ def code_version(folder: Path) -> str:
 
     Args:
         folder: Anywhere in the checkout.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from ssn_plugin.engine.versions import code_version
+        >>> code_version(Path('/')).startswith('v')
+        True
     """
 
     def git(*arguments: str) -> str:

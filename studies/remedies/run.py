@@ -11,11 +11,18 @@ from pathlib import Path
 import torch
 
 from ssn_plugin.checkpoint.files import CheckpointError
-from ssn_plugin.engine.preflight import InputError, check_checkpoint, check_data
-from studies.ledger import Budget, Row, add_run_arguments, choose_device, work_through
-from studies.remedies.recipe import TASKS, config_of, of_transfer, plan
+from ssn_plugin.engine.preflight import InputError, check_checkpoint
+from studies.ledger import (
+    Budget,
+    Row,
+    add_run_arguments,
+    add_trained_argument,
+    choose_device,
+    work_through,
+)
+from studies.remedies.recipe import config_of, of_transfer, plan
 from studies.rules import CANDIDATES
-from studies.transfer.run import PRETRAINED_BATCH, backbone_of, checkpoint_of, fine_tune
+from studies.transfer.run import PRETRAINED_BATCH, backbone_of, check, checkpoint_of, fine_tune
 
 
 def pretrained_batch(run: Row) -> int:
@@ -63,12 +70,7 @@ def main() -> None:
         metavar='FOLDER',
         help='what tools/make_demo_dataset.py makes',
     )
-    parser.add_argument(
-        '--trained',
-        type=Path,
-        default=Path('work_dirs/studies/small_batches'),
-        help='work dir of small_batches (default: %(default)s)',
-    )
+    add_trained_argument(parser)
     add_run_arguments(parser, 'remedies')
     args = parser.parse_args()
     choose_device(args.device)
@@ -81,10 +83,7 @@ def main() -> None:
         }
         for path in sorted(needed):
             check_checkpoint('--trained', str(path))
-        for task in TASKS:
-            first = next(run for run in runs if run['task'] == task)
-            for split in ('train', 'val'):
-                check_data(config_of(first, args.data, '', args.work_dir), split)
+        check([of_transfer(run) for run in runs], {'demo': args.data}, args.work_dir)
         work_through(
             runs,
             args.work_dir,

@@ -22,6 +22,7 @@ from studies.ledger import (
     Budget,
     Row,
     add_run_arguments,
+    add_trained_argument,
     choose_device,
     matches,
     name_of,
@@ -131,12 +132,7 @@ def main() -> None:
         metavar='FOLDER',
         help='what small_batches was trained on: train/CLASS/* and val/CLASS/*',
     )
-    parser.add_argument(
-        '--trained',
-        type=Path,
-        default=Path('work_dirs/studies/small_batches'),
-        help='work dir of small_batches (default: %(default)s)',
-    )
+    add_trained_argument(parser)
     parser.add_argument(
         '--trained-results',
         type=Path,

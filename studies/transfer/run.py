@@ -21,6 +21,7 @@ from studies.ledger import (
     Budget,
     Row,
     add_run_arguments,
+    add_trained_argument,
     choose_device,
     name_of,
     provenance,
@@ -177,12 +178,7 @@ def main() -> None:
         help='demo: what tools/make_demo_dataset.py makes; coco, cityscapes: folders in the layout '
         'of these; runs of data sets that are not named wait for another call',
     )
-    parser.add_argument(
-        '--trained',
-        type=Path,
-        default=Path('work_dirs/studies/small_batches'),
-        help='work dir of small_batches (default: %(default)s)',
-    )
+    add_trained_argument(parser)
     add_run_arguments(parser, 'transfer')
     args = parser.parse_args()
     choose_device(args.device)
