@@ -8,7 +8,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 TESTS = ['tests/test_ops/test_switchable_norm.py', 'tests/test_ops/test_sparsestmax.py']
-CUDA_TESTS = ['tests/test_ops/test_switchable_norm_gpu.py']
+CUDA_TESTS = ['tests/test_ops/test_gpu.py']
 
 
 def require_parity(device: torch.device) -> None:

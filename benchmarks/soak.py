@@ -33,8 +33,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from records import provenance, write
 
+from demo_data import make_demo_dataset
 from ssn_plugin import SSN
-from ssn_plugin.demo_data import make_demo_dataset
 
 CONFIG = Path(__file__).parents[1] / 'configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py'
 

@@ -7,10 +7,11 @@
 'SSNOptimWrapperConstructor'.
 """
 
+from importlib.util import find_spec
+
 from ssn_plugin.deploy.collapse import collapse_ssn
 from ssn_plugin.deploy.constant_ratios import hold_ratios
 from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
-from ssn_plugin.engine import registration as _registration  # noqa: F401  (registers by import)
 from ssn_plugin.functional import sparsestmax, switchable_norm
 from ssn_plugin.layers.radius import set_radius, undecided_layers
 from ssn_plugin.layers.selected_norm import SelectedNorm
@@ -18,6 +19,9 @@ from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
 from ssn_plugin.layers.sync_ssn import SyncSSN, convert_sync_ssn, revert_sync_ssn
 from ssn_plugin.version import __version__
+
+if find_spec('mmengine'):  # the layers and functions need torch alone
+    from ssn_plugin.engine import registration as _registration  # noqa: F401  (by being imported)
 
 __all__ = [
     'SN',

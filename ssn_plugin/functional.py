@@ -7,9 +7,9 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from ssn_plugin.ops import switchable_norm as ops
 from ssn_plugin.ops.sparsestmax import SparsestMaxFunction
-from ssn_plugin.ops.statistics import NORMALIZERS, Settings
+from ssn_plugin.ops.switchable_norm import dispatch as ops
+from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS, Settings
 
 
 def check_radius(radius: float, name: str = 'radius') -> float:

@@ -10,9 +10,10 @@ import torch
 from mmengine.logging import HistoryBuffer
 from PIL import Image
 
-from ssn_plugin.demo_data import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
-from ssn_plugin.engine.demo import TASKS, run_demo
-from ssn_plugin.engine.preflight import InputError, load_config
+from demo_data import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.demo import TASKS, run_demo
+from ssn_plugin.jobs.preflight import load_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssn_plugin.demo_data import make_demo_dataset
+from demo_data import make_demo_dataset
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py'

@@ -118,7 +118,7 @@ def test_config_for_your_data_builds(tmp_path):
 
 def test_data_of_that_page_is_what_it_says(tmp_path):
     pytest.importorskip('skimage')
-    from ssn_plugin.demo_data import make_demo_dataset
+    from demo_data import make_demo_dataset
 
     (text,) = (t for t in blocks(ROOT / 'docs' / 'your-data.md', 'python') if '_base_' in t)
     config = as_config(text, tmp_path)

@@ -25,7 +25,7 @@ NEEDS = {
     'selection_report': 'matplotlib',
     'curves': 'matplotlib',
     'report_page': 'jinja2',
-    'triton_kernels': 'triton',
+    'kernels': 'triton',
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tool_runs import run_here
 
-from ssn_plugin.demo_data import make_demo_dataset
+from demo_data import make_demo_dataset
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {

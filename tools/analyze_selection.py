@@ -11,9 +11,8 @@ from rich.progress import track
 from ssn_plugin.analysis.comparison import differences
 from ssn_plugin.analysis.selection_report import write_selection
 from ssn_plugin.analysis.tables import difference_table, selection_table
-from ssn_plugin.checkpoint.files import CheckpointError
-from ssn_plugin.engine.preflight import InputError
-from ssn_plugin.engine.selection_sources import rows_of
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.selection_sources import rows_of
 
 
 def main() -> None:

@@ -6,13 +6,12 @@ import sys
 
 from rich.console import Console
 
-from ssn_plugin.checkpoint.files import CheckpointError
-from ssn_plugin.engine.collapsed_checkpoint import (
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.collapse import (
     FOLD_TOLERANCE,
     TOLERANCE,
     collapse_checkpoint,
 )
-from ssn_plugin.engine.preflight import InputError
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssn_plugin.engine.demo import run_demo
-from ssn_plugin.engine.preflight import InputError
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.demo import run_demo
 
 
 def main() -> None:

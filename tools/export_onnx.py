@@ -6,10 +6,9 @@ import sys
 
 from rich.console import Console
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.deploy.onnx_file import DEFAULT_OPSET, ExportError
-from ssn_plugin.engine.onnx_export import TOLERANCE, export_onnx
-from ssn_plugin.engine.preflight import InputError
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.export import TOLERANCE, export_onnx
 
 
 def main() -> None:

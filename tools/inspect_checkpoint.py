@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.inspection import inspect_checkpoint
+from ssn_plugin.errors import CheckpointError
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def main() -> int:
     args = parse_args()
     start = time.monotonic()
     try:
-        from ssn_plugin.demo_data import make_demo_dataset
+        from demo_data import make_demo_dataset
 
         written = make_demo_dataset(
             args.out,

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     try:
-        from ssn_plugin.demo_data import make_image_folder
+        from demo_data import make_image_folder
 
         written = make_image_folder(
             args.out,

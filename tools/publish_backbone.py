@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.layout import shown
 from ssn_plugin.checkpoint.publish import publish_backbone
 from ssn_plugin.checkpoint.selection import histogram
+from ssn_plugin.errors import CheckpointError
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ssn_plugin.analysis.history import HistoryError
-from ssn_plugin.engine.preflight import InputError
-from ssn_plugin.engine.report import write_report
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.report import write_report
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from ssn_plugin.engine.host_tool import add_test_arguments, test
-from ssn_plugin.engine.preflight import InputError
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.framework_script import add_test_arguments, test
 
 
 def main() -> None:

@@ -3,12 +3,7 @@
 import argparse
 import sys
 
-from ssn_plugin.checkpoint.files import (
-    CheckpointError,
-    check_writable,
-    weights_in,
-    write_checkpoint,
-)
+from ssn_plugin.checkpoint.files import check_writable, weights_in, write_checkpoint
 from ssn_plugin.checkpoint.layout import describe
 from ssn_plugin.checkpoint.warm_start import (
     BN_RATIO,
@@ -16,6 +11,7 @@ from ssn_plugin.checkpoint.warm_start import (
     batch_norm_to_ssn,
     check_warm_start,
 )
+from ssn_plugin.errors import CheckpointError
 from ssn_plugin.models.pretrained import load_checkpoint
 from ssn_plugin.version import __version__
 

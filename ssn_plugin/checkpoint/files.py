@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 from ssn_plugin.checkpoint.whole_file import whole_file
+from ssn_plugin.errors import CheckpointError
 
 ALLOW_PICKLE = 'SSN_ALLOW_PICKLE'
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; its text is one line."""
 
 
 class _Ignored:

@@ -6,17 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ssn_plugin.checkpoint.files import (
-    CheckpointError,
-    md5_of,
-    read_checkpoint,
-    weights_entry,
-    weights_in,
-)
+from ssn_plugin.checkpoint.files import md5_of, read_checkpoint, weights_entry, weights_in
 from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
 from ssn_plugin.checkpoint.release import RELEASES
 from ssn_plugin.checkpoint.selection import histogram, selections
 from ssn_plugin.checkpoint.traits import told_candidates
+from ssn_plugin.errors import CheckpointError
 
 
 def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, str]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.errors import CheckpointError
 
 _DEPTHS = {
     (False, (2, 2, 2, 2)): 18,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.layout import Layout, describe, is_classifier, shown
+from ssn_plugin.errors import CheckpointError
 
 _ADVICE = {
     'BN': "; take it as 'bn2ssn://{path}' to start from BatchNorm weights",

@@ -3,7 +3,8 @@
 import os
 from typing import NamedTuple
 
-from ssn_plugin.checkpoint.files import CheckpointError, md5_of
+from ssn_plugin.checkpoint.files import md5_of
+from ssn_plugin.errors import CheckpointError
 
 
 class Release(NamedTuple):

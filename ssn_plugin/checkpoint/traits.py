@@ -10,7 +10,7 @@ from torch import nn
 
 from ssn_plugin.checkpoint.candidates import Candidates, configured_candidates
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.ops.statistics import NORMALIZERS
+from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
 
 
 def traits_of(backbone: nn.Module) -> dict[str, object]:

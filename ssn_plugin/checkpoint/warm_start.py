@@ -7,8 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.layout import backbone_of, norm_layers, shown
+from ssn_plugin.errors import CheckpointError
 from ssn_plugin.functional import check_normalizers
 
 BN_RATIO = 0.9

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.ops.statistics import Settings
-from ssn_plugin.ops.switchable_norm_plain import switchable_norm
+from ssn_plugin.ops.switchable_norm.exportable import switchable_norm
+from ssn_plugin.ops.switchable_norm.statistics import Settings
 
 
 class ConstantRatioNorm(nn.Module):

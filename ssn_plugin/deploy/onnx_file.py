@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssn_plugin.deploy.quiet import quiet
-from ssn_plugin.ops.statistics import Settings
-from ssn_plugin.ops.switchable_norm_plain import switchable_norm
+from ssn_plugin.ops.switchable_norm.exportable import switchable_norm
+from ssn_plugin.ops.switchable_norm.statistics import Settings
 
 # What torch's exporter writes; asked for an older one, torch 2.13 fails to convert and keeps it.
 MIN_OPSET = 18

@@ -7,19 +7,19 @@ from mmengine.fileio import register_backend
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import CheckpointLoader
 
-from ssn_plugin.engine.checkpoint_hook import SSNCheckpointHook
 from ssn_plugin.engine.checkpoint_schemes import load_from_bn2ssn, load_from_sn2ssn
-from ssn_plugin.engine.collapsed_model import NAME as COLLAPSED
-from ssn_plugin.engine.collapsed_model import build_collapsed_ssn
+from ssn_plugin.engine.hooks.checkpoint_hook import SSNCheckpointHook
+from ssn_plugin.engine.hooks.precise_stats_hook import PreciseStatsHook
+from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
+from ssn_plugin.engine.hooks.ratio_hook import SSNRatioHook
+from ssn_plugin.engine.hooks.resume_hook import SSNResumeHook
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
-from ssn_plugin.engine.precise_stats_hook import PreciseStatsHook
-from ssn_plugin.engine.radius_hook import SSNRadiusHook
-from ssn_plugin.engine.ratio_hook import SSNRatioHook
-from ssn_plugin.engine.resume_hook import SSNResumeHook
 from ssn_plugin.engine.whole_file_backend import WholeFileBackend
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
 from ssn_plugin.layers.sync_ssn import SyncSSN
+from ssn_plugin.models.collapsed_model import NAME as COLLAPSED
+from ssn_plugin.models.collapsed_model import build_collapsed_ssn
 from ssn_plugin.models.dropout_head import build_dropout_linear_cls_head
 from ssn_plugin.models.resnet import build_ssn_resnet
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssn_plugin.ops.statistics import Settings
-from ssn_plugin.ops.switchable_norm_plain import switchable_norm as plain_switchable_norm
+from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as plain_switchable_norm
+from ssn_plugin.ops.switchable_norm.statistics import Settings
 
 
 def _check_dimensions(x: Tensor) -> None:

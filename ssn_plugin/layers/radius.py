@@ -8,7 +8,7 @@ from torch import nn
 from ssn_plugin.functional import check_radius, sparsestmax
 from ssn_plugin.layers.frozen import hold, known_choices
 from ssn_plugin.layers.ssn import SSN
-from ssn_plugin.ops.ratio_maps import UNKNOWN, largest
+from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, largest
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from ssn_plugin.functional import check_groups, check_layer
 from ssn_plugin.layers.recomputation import recomputes
-from ssn_plugin.ops.ratio_maps import Selection
-from ssn_plugin.ops.statistics import NORMALIZERS, Settings
-from ssn_plugin.ops.switchable_norm import switchable_norm
-from ssn_plugin.ops.switchable_norm_plain import switchable_norm as plain_switchable_norm
+from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
+from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as plain_switchable_norm
+from ssn_plugin.ops.switchable_norm.ratios import Selection
+from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS, Settings
 
 
 class SelectedNorm(nn.Module):

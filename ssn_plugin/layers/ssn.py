@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ssn_plugin.functional import check_radius
 from ssn_plugin.layers.frozen import held_choices, hold, known_choices
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.ops.ratio_maps import UNKNOWN, Selection, fixed_ratios, largest
+from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, Selection, fixed_ratios, largest
 
 
 class SSN(SwitchableNorm):

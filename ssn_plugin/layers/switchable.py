@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from ssn_plugin.functional import check_layer, check_normalizers
 from ssn_plugin.layers.recomputation import recomputes
 from ssn_plugin.layers.small_batch import warn_of_one_sample
-from ssn_plugin.ops.ratio_maps import Selection, importance_ratios
-from ssn_plugin.ops.statistics import Settings
-from ssn_plugin.ops.switchable_norm import switchable_norm
+from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
+from ssn_plugin.ops.switchable_norm.ratios import Selection, importance_ratios
+from ssn_plugin.ops.switchable_norm.statistics import Settings
 
 
 class SwitchableNorm(nn.Module):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.candidates import Candidates
 from ssn_plugin.checkpoint.files import (
-    CheckpointError,
     explain_load_error,
     read_checkpoint,
     weights_in,
@@ -25,6 +24,7 @@ from ssn_plugin.checkpoint.matching import check_match
 from ssn_plugin.checkpoint.release import released
 from ssn_plugin.checkpoint.selection import selections
 from ssn_plugin.checkpoint.traits import told_traits, traits_of
+from ssn_plugin.errors import CheckpointError
 
 
 def load_checkpoint(path: str, allow_pickle: bool = False) -> dict:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ssn_plugin.checkpoint.files import CheckpointError
-from ssn_plugin.engine.preflight import InputError, check_checkpoint
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.preflight import check_checkpoint
 from studies.ledger import (
     Budget,
     Row,

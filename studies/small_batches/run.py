@@ -16,8 +16,9 @@ from mmengine.runner import Runner
 
 from ssn_plugin.analysis.comparison import common_name
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
-from ssn_plugin.engine.class_folders import check_class_folders
-from ssn_plugin.engine.preflight import InputError, check_data, load_config
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.class_folders import check_class_folders
+from ssn_plugin.jobs.preflight import check_data, load_config
 from studies.ledger import (
     Budget,
     Row,

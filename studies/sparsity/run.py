@@ -15,8 +15,9 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ssn_plugin import SSN, collapse_ssn
-from ssn_plugin.checkpoint.files import CheckpointError, read_checkpoint, weights_in
-from ssn_plugin.engine.preflight import InputError, check_data
+from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.preflight import check_data
 from studies.ledger import (
     ROOT,
     Budget,

@@ -14,9 +14,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ssn_plugin.analysis.importance_ratios import importance_ratios
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.publish import publish_backbone
-from ssn_plugin.engine.preflight import InputError, check_data
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.preflight import check_data
 from studies.ledger import (
     Budget,
     Row,

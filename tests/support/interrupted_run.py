@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ssn_plugin import SSN
-from ssn_plugin.checkpoint.files import CheckpointError
+from ssn_plugin.errors import CheckpointError
 
 # What a Runner imports and draws when it is built: here once, and not in every process.
 plt.close(plt.figure())

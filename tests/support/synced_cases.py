@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssn_plugin import SSN, SyncSSN, set_radius
-from ssn_plugin.ops import switchable_norm_eager
+from ssn_plugin.ops.switchable_norm import aten as switchable_norm_eager
 
 FOUR = ('IN', 'LN', 'BN', 'GN')
 CHANNELS = 6

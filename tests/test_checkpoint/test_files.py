@@ -19,7 +19,6 @@ from backbones import Marker
 from released_files import released_checkpoint, released_state, save
 
 from ssn_plugin.checkpoint.files import (
-    CheckpointError,
     check_writable,
     md5_of,
     read_checkpoint,
@@ -28,6 +27,7 @@ from ssn_plugin.checkpoint.files import (
     weights_only,
     write_checkpoint,
 )
+from ssn_plugin.errors import CheckpointError
 
 FORCES = ('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD')
 SERIALISATION = pytest.mark.parametrize('legacy', [True, False], ids=['legacy', 'zip'])

@@ -15,10 +15,11 @@ from released_files import released_checkpoint, released_file, released_state, s
 
 from ssn_plugin import SSN, set_radius
 from ssn_plugin.checkpoint import inspection, release
-from ssn_plugin.checkpoint.files import CheckpointError, md5_of
+from ssn_plugin.checkpoint.files import md5_of
 from ssn_plugin.checkpoint.inspection import inspect_checkpoint
 from ssn_plugin.checkpoint.publish import publish_backbone
-from ssn_plugin.engine.selection_sources import rows_of
+from ssn_plugin.errors import CheckpointError
+from ssn_plugin.jobs.selection_sources import rows_of
 
 NARROW = dict(base_channels=4, stem_channels=4)
 

@@ -16,8 +16,8 @@ from backbones import (
 )
 from released_files import layers, released_state
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
+from ssn_plugin.errors import CheckpointError
 
 NARROW = dict(base_channels=4, stem_channels=4)
 DEEP = dict(deep_stem=True, stem_channels=8)

@@ -5,8 +5,8 @@ import torch
 from backbones import batch_norm_network, build
 from released_files import released_state
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.matching import check_match
+from ssn_plugin.errors import CheckpointError
 
 NARROW = dict(base_channels=4, stem_channels=4)
 

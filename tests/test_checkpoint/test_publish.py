@@ -12,8 +12,9 @@ from released_files import released_checkpoint, released_file, released_state, s
 from torch import nn
 
 from ssn_plugin import SSN, set_radius
-from ssn_plugin.checkpoint.files import CheckpointError, read_checkpoint
+from ssn_plugin.checkpoint.files import read_checkpoint
 from ssn_plugin.checkpoint.publish import publish_backbone
+from ssn_plugin.errors import CheckpointError
 from ssn_plugin.version import __version__
 
 NARROW = dict(base_channels=4, stem_channels=4)

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from ssn_plugin.checkpoint import release
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.release import RELEASES, Release, released
+from ssn_plugin.errors import CheckpointError
 
 NAME = 'ssn_8x2_75.848.pth'
 

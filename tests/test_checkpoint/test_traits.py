@@ -8,11 +8,12 @@ from released_files import save
 from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius
-from ssn_plugin.checkpoint.files import CheckpointError, read_checkpoint
+from ssn_plugin.checkpoint.files import read_checkpoint
 from ssn_plugin.checkpoint.inspection import inspect_checkpoint
 from ssn_plugin.checkpoint.publish import publish_backbone
 from ssn_plugin.checkpoint.traits import told_traits, traits_of
-from ssn_plugin.engine.radius_hook import SSNRadiusHook
+from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
+from ssn_plugin.errors import CheckpointError
 
 ORDER = ('BN', 'IN', 'LN')
 

@@ -23,12 +23,12 @@ from released_files import released_file, released_state, save
 from torch import nn
 
 from ssn_plugin import SSN, set_radius
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.warm_start import (
     batch_norm_to_ssn,
     check_warm_start,
     switch_norm_to_ssn,
 )
+from ssn_plugin.errors import CheckpointError
 
 DEEP = dict(deep_stem=True, stem_channels=8)
 POOLED = dict(avg_down=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ssn_plugin.demo_data import make_demo_dataset
+from demo_data import make_demo_dataset
 
 NUM_TRAIN, NUM_VAL = 6, 3
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssn_plugin.demo_data.classes import SEG_CLASSES, SEG_PALETTE
+from demo_data.classes import SEG_CLASSES, SEG_PALETTE
 
 PREFIX = dict(img_path='images/validation', seg_map_path='annotations/validation')
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='mmseg.LoadAnnotations')]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ssn_plugin.demo_data.backgrounds import load_backgrounds
-from ssn_plugin.demo_data.photographs import read_photograph
+from demo_data.backgrounds import load_backgrounds
+from demo_data.photographs import read_photograph
 
 
 def test_regions_of_the_splits_do_not_touch():

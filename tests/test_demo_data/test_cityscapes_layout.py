@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssn_plugin.demo_data.classes import SEG_CLASSES, SEG_PALETTE
+from demo_data.classes import SEG_CLASSES, SEG_PALETTE
 
 PREFIX = dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train')
 PIPELINE = [

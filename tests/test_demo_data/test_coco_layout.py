@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssn_plugin.demo_data.classes import CLASSES, PALETTE
-from ssn_plugin.demo_data.coco_layout import run_lengths
+from demo_data.classes import CLASSES, PALETTE
+from demo_data.coco_layout import run_lengths
 
 mask_utils = pytest.importorskip('pycocotools.mask')
 

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ssn_plugin.demo_data import cutouts
-from ssn_plugin.demo_data.classes import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
-from ssn_plugin.demo_data.photographs import read_disparity, read_photograph
+from demo_data import cutouts
+from demo_data.classes import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
+from demo_data.photographs import read_disparity, read_photograph
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssn_plugin.demo_data import make_demo_dataset, photographs
+from demo_data import make_demo_dataset, photographs
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'make_demo_dataset.py'
 TINY = dict(num_train=1, num_val=1, size=96)
@@ -192,7 +192,7 @@ def test_tool_help_has_an_example():
 
 
 def test_importing_the_plugin_does_not_import_this():
-    code = "import sys, ssn_plugin; assert 'ssn_plugin.demo_data' not in sys.modules"
+    code = "import sys, ssn_plugin; assert 'demo_data' not in sys.modules"
     subprocess.run([sys.executable, '-c', code], check=True, cwd=TOOL.parents[1])
 
 

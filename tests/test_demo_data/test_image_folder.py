@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssn_plugin.demo_data import CLASSES, make_demo_dataset, make_image_folder
+from demo_data import CLASSES, make_demo_dataset, make_image_folder
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'make_demo_image_folder.py'
 TINY = dict(num_train=2, num_val=1, size=32)
@@ -48,7 +48,7 @@ def test_no_picture_is_there_twice(folder):
 
 
 def test_objects_are_of_their_split(tmp_path, monkeypatch):
-    from ssn_plugin.demo_data import scenes
+    from demo_data import scenes
 
     posed = []
     pose = scenes.pose
@@ -92,7 +92,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('ssn_plugin.demo_data.image_folder.write_record', interrupt)
+    monkeypatch.setattr('demo_data.image_folder.write_record', interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_image_folder(tmp_path / 'set', **TINY)
     assert not list(tmp_path.iterdir())

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from ssn_plugin.demo_data import scenes
-from ssn_plugin.demo_data.backgrounds import load_backgrounds
-from ssn_plugin.demo_data.cutouts import load_cutouts
+from demo_data import scenes
+from demo_data.backgrounds import load_backgrounds
+from demo_data.cutouts import load_cutouts
 
 
 @pytest.fixture(scope='module')

@@ -10,9 +10,9 @@ import torch
 from mmengine.fileio import get_file_backend
 from mmengine.registry import METRICS
 
-from ssn_plugin.checkpoint.files import CheckpointError
-from ssn_plugin.engine.checkpoint_hook import SSNCheckpointHook
+from ssn_plugin.engine.hooks.checkpoint_hook import SSNCheckpointHook
 from ssn_plugin.engine.whole_file_backend import replace_file
+from ssn_plugin.errors import CheckpointError
 
 
 def files_in(folder) -> list[str]:

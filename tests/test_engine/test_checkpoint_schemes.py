@@ -26,9 +26,10 @@ from plain_resnet import relative_error
 from released_files import released_checkpoint, released_file, released_state, save
 
 from ssn_plugin import SSN, undecided_layers
-from ssn_plugin.checkpoint.files import CheckpointError, read_checkpoint, weights_in
+from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
 from ssn_plugin.checkpoint.warm_start import batch_norm_to_ssn
-from ssn_plugin.engine.preflight import InputError, check_checkpoints
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.preflight import check_checkpoints
 from ssn_plugin.models.pretrained import load_checkpoint
 
 

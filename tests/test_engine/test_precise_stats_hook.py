@@ -20,9 +20,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from demo_data import make_demo_dataset
 from ssn_plugin import SN, SSN, set_radius
-from ssn_plugin.demo_data import make_demo_dataset
-from ssn_plugin.engine.precise_stats_hook import (
+from ssn_plugin.engine.hooks.precise_stats_hook import (
     PreciseStatsHook,
     _full_batches,
     _loader_like,

@@ -17,7 +17,7 @@ from torch import nn
 
 import ssn_plugin
 from ssn_plugin import SSN, set_radius
-from ssn_plugin.engine.radius_hook import SSNRadiusHook
+from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
 
 CONTROL = ('mean_weight', 'var_weight', 'mean_fixed', 'var_fixed', 'radius')
 
@@ -310,7 +310,7 @@ from torch import nn
 from mmengine.hooks import SyncBuffersHook
 from mmengine.model import MMDistributedDataParallel
 from ssn_plugin import SSN
-from ssn_plugin.engine.radius_hook import SSNRadiusHook
+from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)

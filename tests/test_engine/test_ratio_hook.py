@@ -18,7 +18,7 @@ from torch import nn
 from ssn_plugin import SN, SSN, set_radius
 from ssn_plugin.analysis.history import read_history
 from ssn_plugin.analysis.importance_ratios import importance_ratios
-from ssn_plugin.engine.ratio_hook import SSNRatioHook, importance_scalars
+from ssn_plugin.engine.hooks.ratio_hook import SSNRatioHook, importance_scalars
 
 # Drawing takes longer than these runs: the tests of the report do it.
 HOOKS = (dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=5, report=False))
@@ -338,7 +338,7 @@ def test_history_of_a_resumed_run(make_runner):
 
 
 def test_other_processes_write_no_history(make_runner, monkeypatch):
-    monkeypatch.setattr('ssn_plugin.engine.ratio_hook.is_main_process', lambda: False)
+    monkeypatch.setattr('ssn_plugin.engine.hooks.ratio_hook.is_main_process', lambda: False)
     runner = make_runner(hooks=HOOKS)
     runner.train()
     assert 'ratios.jsonl' not in os.listdir(runner.work_dir)

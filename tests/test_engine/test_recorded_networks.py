@@ -7,7 +7,7 @@ import torch
 from decided_models import decided_model, demo_config, relative_difference
 
 from ssn_plugin import SSN, collapse_ssn, hold_ratios
-from ssn_plugin.engine.onnx_export import Features, Logits
+from ssn_plugin.jobs.export import Features, Logits
 
 
 @torch.no_grad()

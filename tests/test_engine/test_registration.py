@@ -17,9 +17,9 @@ from torch import nn
 
 import ssn_plugin
 from ssn_plugin import SN, SSN, SSN1d, SSN2d, SSN3d, SyncSSN, set_radius
+from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
+from ssn_plugin.engine.hooks.ratio_hook import SSNRatioHook
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
-from ssn_plugin.engine.radius_hook import SSNRadiusHook
-from ssn_plugin.engine.ratio_hook import SSNRatioHook
 
 LAYERS = dict(SSN=SSN, SSN1d=SSN1d, SSN2d=SSN2d, SSN3d=SSN3d, SN=SN)
 

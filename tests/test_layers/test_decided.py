@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssn_plugin import SSN, set_radius
 from ssn_plugin.layers.frozen import known_choices
 from ssn_plugin.layers.radius import copy_selection
-from ssn_plugin.ops import ratio_maps, reference, switchable_norm_eager
+from ssn_plugin.ops import reference
+from ssn_plugin.ops.switchable_norm import aten as switchable_norm_eager
+from ssn_plugin.ops.switchable_norm import ratios as ratio_maps
 
 NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
 CHANNELS, GROUPS = 6, 3

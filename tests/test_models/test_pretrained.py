@@ -19,8 +19,8 @@ from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius, undecided_layers
 from ssn_plugin.checkpoint import release
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.publish import publish_backbone
+from ssn_plugin.errors import CheckpointError
 
 # As the released weights were trained, and as the shipped transfer configs have it.
 RELEASE = dict(type='SSN', correction=1, momentum=0.003)

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ssn_plugin.ops import switchable_norm_triton as backend
+from ssn_plugin.ops.switchable_norm.triton import launch as backend
 
 GENERATIONS = (80, 90)
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.int64: '*i64'}

@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssn_plugin import SN, SSN, set_radius, switchable_norm
-from ssn_plugin.ops import switchable_norm as ops
-from ssn_plugin.ops import switchable_norm_triton
+from ssn_plugin.ops.switchable_norm import dispatch as ops
+from ssn_plugin.ops.switchable_norm.triton import launch as switchable_norm_triton
 
 pytest.importorskip('triton')
 pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')  # of NumPy

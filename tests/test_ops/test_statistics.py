@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ssn_plugin.ops import reference
-from ssn_plugin.ops.ratio_maps import Ratios
-from ssn_plugin.ops.statistics import (
+from ssn_plugin.ops.switchable_norm.ratios import Ratios
+from ssn_plugin.ops.switchable_norm.statistics import (
     NORMALIZERS,
     Moments,
     Settings,

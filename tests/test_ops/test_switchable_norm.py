@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssn_plugin import sparsestmax, switchable_norm
-from ssn_plugin.ops import reference, switchable_norm_eager
-from ssn_plugin.ops.statistics import NORMALIZERS
+from ssn_plugin.ops import reference
+from ssn_plugin.ops.switchable_norm import aten as switchable_norm_eager
+from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
 
 THREE = ('IN', 'LN', 'BN')
 SUBSETS = [subset for count in (2, 3, 4) for subset in itertools.combinations(NORMALIZERS, count)]

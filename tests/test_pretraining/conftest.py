@@ -19,7 +19,7 @@ def image_folder(tmp_path_factory) -> Path:
     if given:
         return Path(given).resolve()
     pytest.importorskip('skimage')
-    from ssn_plugin.demo_data import make_image_folder
+    from demo_data import make_image_folder
 
     folder = tmp_path_factory.mktemp('images') / 'imagefolder'
     make_image_folder(folder)

@@ -9,8 +9,8 @@ from mmengine.runner import Runner
 from PIL import Image
 
 from ssn_plugin import undecided_layers
-from ssn_plugin.engine.class_folders import check_class_folders
-from ssn_plugin.engine.preflight import check_data
+from ssn_plugin.jobs.class_folders import check_class_folders
+from ssn_plugin.jobs.preflight import check_data
 
 pytest.importorskip('mmpretrain')
 

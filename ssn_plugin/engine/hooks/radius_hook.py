@@ -1,0 +1,148 @@
+"""SSNRadiusHook: the radius schedule of a run."""
+
+import math
+
+from mmengine.hooks import Hook
+
+from ssn_plugin.checkpoint.traits import traits_of
+from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.functional import check_radius
+from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
+from ssn_plugin.layers.ssn import SSN
+
+
+class SSNRadiusHook(Hook):
+    """Grow the radius of every SSN linearly with the iteration, and freeze what became one-hot.
+
+    ``radius = start_radius + (end_radius - start_radius) * (t - begin) / (end - begin)`` with the
+    progress t = iteration / (iterations - 1), clamped to [begin, end], set before every forward
+    pass. It is a function of the iteration alone: iteration- and epoch-based loops see the same,
+    and a resumed run goes on at the exact value. With the defaults, those of the paper's authors,
+    every layer is one-hot after 81.65 % of the run.
+
+    Args:
+        begin: Fraction of the run at which the radius starts to grow.
+        end: Fraction of the run at which it has grown.
+        start_radius: Radius until ``begin``.
+        end_radius: Radius from ``end`` on; three candidates are one-hot from 0.8165 on.
+
+    Raises:
+        ValueError: If fractions are not 0 <= begin < end <= 1, or a radius is negative or NaN.
+
+    Example:
+        >>> from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
+        >>> custom_hooks = [dict(type='SSNRadiusHook', end=0.9)]  # in a config
+        >>> SSNRadiusHook(end=0.5).radius_at(iteration=25, max_iters=101)
+        0.5
+
+    Source:
+        Shao et al., "SSN: Learning Sparse Switchable Normalization via SparsestMax", IJCV 2020.
+    """
+
+    # Before hooks of normal priority, so that those see the radius of their own iteration.
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(
+        self,
+        begin: float = 0.0,
+        end: float = 1.0,
+        start_radius: float = 0.0,
+        end_radius: float = 1.0,
+    ) -> None:
+        numbers = all(isinstance(value, int | float) for value in (begin, end))
+        if not numbers or not 0 <= begin < end <= 1:
+            raise ValueError(
+                f'begin, end: got {begin!r}, {end!r}, expected fractions of the run with '
+                '0 <= begin < end <= 1'
+            )
+        self.begin = begin
+        self.end = end
+        self.start_radius = check_radius(start_radius, 'start_radius')
+        self.end_radius = check_radius(end_radius, 'end_radius')
+        if math.inf in (self.start_radius, self.end_radius):
+            raise ValueError(
+                f'start_radius, end_radius: got {start_radius!r}, {end_radius!r}, expected finite '
+                'numbers'
+            )
+
+    def radius_at(self, iteration: int, max_iters: int) -> float:
+        """Radius during an iteration.
+
+        Args:
+            iteration: Counted from 0 over the whole run.
+            max_iters: Iterations of the whole run.
+        """
+        progress = iteration / (max_iters - 1) if max_iters > 1 else 1.0
+        grown = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        return self.start_radius + (self.end_radius - self.start_radius) * grown
+
+    def before_train(self, runner) -> None:
+        """Say so if there is nothing to schedule, or nothing that could be learned.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        layers = [module for module in runner.model.modules() if isinstance(module, SSN)]
+        if not layers:
+            runner.logger.warning(
+                'SSNRadiusHook: the model has no SSN layer, so there is no radius to set. '
+                "Is norm_cfg=dict(type='SSN') missing?"
+            )
+        # Two ratios on a circle cannot move: the first gradient would decide.
+        pairs = [layer for layer in layers if len(layer.normalizers) == 2]
+        if pairs and self.begin == 0 and self.end_radius > 0:
+            runner.logger.warning(
+                f'SSNRadiusHook: {len(pairs)} SSN layers have two candidates, '
+                f'{pairs[0].normalizers}, and choose within the first iterations when the radius '
+                'grows from the start; set begin, for example dict(type="SSNRadiusHook", begin=0.3)'
+            )
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+        """Set the radius, in the averaged model of an EMAHook too.
+
+        Args:
+            runner: mmengine's Runner.
+            batch_idx: Unused.
+            data_batch: Unused.
+        """
+        set_radius(runner.model, self.radius_at(runner.iter, runner.max_iters))
+        for hook in runner.hooks:
+            averaged = getattr(hook, 'ema_model', None)
+            # With update_buffers, EMAHook averages the radius and never updates integer flags;
+            # without, it copies all buffers itself.
+            if averaged is not None and averaged.update_buffers:
+                copy_selection(unwrapped(runner.model), averaged.module)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Tell in the checkpoint's ``meta`` what its weights do not show of the backbone.
+
+        Args:
+            runner: mmengine's Runner.
+            checkpoint: Gets ``normalizers``, in their order, and ``stem_padding``.
+        """
+        model = unwrapped(runner.model)
+        traits = traits_of(getattr(model, 'backbone', model))
+        checkpoint.setdefault('meta', {}).update(traits)
+
+    def after_train(self, runner) -> None:
+        """Warn about layers that did not become one-hot.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        model = unwrapped(runner.model)
+        undecided = undecided_layers(model)
+        if not undecided:
+            return
+        frozen = [n for n in undecided if not model.get_submodule(n).mean_weight.requires_grad]
+        growing = [n for n in undecided if n not in frozen]
+        if growing:
+            runner.logger.warning(
+                f'SSNRadiusHook: {len(growing)} SSN layers are not one-hot at the end of training '
+                f'(end_radius={self.end_radius}): {", ".join(growing)}'
+            )
+        if frozen:
+            runner.logger.warning(
+                f'SSNRadiusHook: {len(frozen)} SSN layers with frozen parameters keep ratios that '
+                f'are not one-hot: {", ".join(frozen)}'
+            )

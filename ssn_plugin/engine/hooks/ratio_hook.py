@@ -1,0 +1,165 @@
+"""SSNRatioHook: radius, decided layers and importance ratios in the log, in a file, in pictures."""
+
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from torch import nn
+
+from ssn_plugin.analysis.history import HISTORY_FILE, append_to_history, start_history
+from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
+from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.engine.versions import versions
+
+
+class SSNRatioHook(Hook):
+    """Log what the SSN and SN layers of a model currently choose.
+
+    Every ``interval`` iterations, and after the last one:
+
+    - to the log, which also hands it to the visualizer: ``ssn_radius``, the largest of the model;
+      ``ssn_decided``, the number of layers whose mean and variance ratios are both one-hot;
+      ``ssn_IN``, ``ssn_LN``, ...: importance ratio averaged over layers and both statistics;
+    - to the visualizer, TensorBoard for one: ``ssn/<layer>/mean/<normalizer>`` and
+      ``ssn/<layer>/var/<normalizer>``, the ratios layer by layer;
+    - to ``ratios.jsonl`` in the work dir: one line with all of it
+      (:mod:`ssn_plugin.analysis.history`). A resumed run goes on with the file.
+
+    It costs one synchronisation with the device per interval. After the training, the visualizer
+    gets the figures, and the work dir a ``report.html``
+    (:func:`ssn_plugin.jobs.report.write_report`); what fails there is one warning.
+
+    Args:
+        interval: Iterations between two records.
+        report: Whether to draw at the end.
+
+    Raises:
+        ValueError: If ``interval`` is no positive integer.
+
+    Example:
+        >>> custom_hooks = [dict(type='SSNRatioHook', interval=50)]  # in a config
+    """
+
+    # Before LoggerHook, which prints what is recorded here.
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 10, report: bool = True) -> None:
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'interval: got {interval!r}, expected a positive integer')
+        self.interval = interval
+        self.report = report
+        self._history: Path | None = None
+
+    def before_train(self, runner) -> None:
+        """Begin ``ratios.jsonl``, or go on with it.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        rows = importance_ratios(unwrapped(runner.model))
+        if not rows or not is_main_process():
+            return
+        path = Path(runner.work_dir) / HISTORY_FILE
+        try:
+            about = dict(max_iters=runner.max_iters, versions=versions())
+            start_history(path, rows, about, runner.iter)
+        except OSError as error:
+            runner.logger.warning(f'SSNRatioHook: cannot write {path}: {error}')
+        else:
+            self._history = path
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Record.
+
+        Args:
+            runner: mmengine's Runner.
+            batch_idx: Unused.
+            data_batch: Unused.
+            outputs: Unused.
+        """
+        last = runner.iter + 1 == runner.max_iters
+        if not (self.every_n_train_iters(runner, self.interval) or last):
+            return
+        model = unwrapped(runner.model)
+        rows = importance_ratios(model)
+        summary, per_layer = importance_scalars(model, rows)
+        for name, value in summary.items():
+            runner.message_hub.update_scalar(f'train/{name}', value)
+        runner.visualizer.add_scalars(per_layer, step=runner.iter + 1)
+        if self._history is None:
+            return
+        try:
+            append_to_history(
+                self._history, runner.iter + 1, rows, summary['ssn_radius'], self._loss(runner)
+            )
+        except OSError as error:
+            runner.logger.warning(
+                f'SSNRatioHook: cannot write {self._history} any more, so it stops doing so: '
+                f'{error}'
+            )
+            self._history = None
+
+    def after_train(self, runner) -> None:
+        """Draw.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        if not self.report or self._history is None:
+            return
+        try:
+            # Here, so that a training that draws nothing needs no matplotlib.
+            from ssn_plugin.jobs.report import figure_images, write_report
+
+            work_dir = Path(runner.work_dir)
+            for name, image in figure_images(work_dir):
+                runner.visualizer.add_image(name, image, step=runner.iter)
+            path = write_report(work_dir)
+        except Exception as error:
+            # Whatever it is: the training it reports on has come to its end and is worth more.
+            reason = ' '.join(str(error).split())[:300]
+            runner.logger.warning(
+                f'SSNRatioHook: no report of {runner.work_dir}: {type(error).__name__}: {reason}'
+            )
+        else:
+            runner.logger.info(f'SSNRatioHook: the report is {path}')
+
+    def _loss(self, runner) -> float | None:
+        """Mean of the loss over the interval; the host framework has it as numbers already."""
+        scalars = runner.message_hub.log_scalars
+        if 'train/loss' not in scalars:
+            return None
+        return float(scalars['train/loss'].mean(self.interval))
+
+
+def importance_scalars(
+    model: nn.Module, rows: list[LayerRatios] | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Radius, decided layers and ratios of a model as named numbers.
+
+    Args:
+        model: Any module.
+        rows: Its importance ratios, where they are known already.
+
+    Returns:
+        The summary over all layers, and the ratios layer by layer.
+    """
+    rows = importance_ratios(model) if rows is None else rows
+    if not rows:
+        return {}, {}
+    per_layer: dict[str, float] = {}
+    by_normalizer: dict[str, list[float]] = {}
+    for row in rows:
+        for statistic in STATISTICS:
+            for normalizer, ratio in row.ratios(statistic).items():
+                per_layer[f'ssn/{row.layer}/{statistic}/{normalizer}'] = ratio
+                by_normalizer.setdefault(normalizer, []).append(ratio)
+    radii = {row.layer: row.radius for row in rows if row.radius is not None}
+    # A frozen stage keeps the radius of its pretraining, which is that of no schedule here.
+    scheduled = [r for n, r in radii.items() if model.get_submodule(n).mean_weight.requires_grad]
+    summary = {
+        'ssn_radius': max(scheduled or radii.values(), default=0.0),
+        'ssn_decided': float(sum(row.decided for row in rows)),
+    }
+    summary |= {f'ssn_{n}': sum(ratios) / len(ratios) for n, ratios in by_normalizer.items()}
+    return summary, per_layer

@@ -1,0 +1,20 @@
+"""What a user gave wrong, in one line; tools print it and exit with 1."""
+
+
+class InputError(Exception):
+    """Something the user gave or should have provided; its text is one line."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; its text is one line."""
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the kind of an error that other code raised, and the first line of its text.
+
+    Example:
+        >>> from ssn_plugin.errors import in_one_line
+        >>> in_one_line(KeyError('no such key'))
+        "KeyError: 'no such key'"
+    """
+    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'

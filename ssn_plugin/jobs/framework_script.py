@@ -1,0 +1,190 @@
+"""Runs the host framework's own train and test scripts on a config, once its inputs are checked."""
+
+import argparse
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.class_folders import check_class_folders
+from ssn_plugin.jobs.preflight import (
+    check_checkpoint,
+    check_checkpoints,
+    check_data,
+    check_work_dir,
+    load_config,
+)
+from ssn_plugin.jobs.processes import join_processes, leave_processes
+
+_DISTRIBUTIONS = {
+    'mmdet': 'onedl-mmdetection (or mmdet)',
+    'mmseg': 'onedl-mmsegmentation (or mmsegmentation)',
+    'mmpretrain': 'onedl-mmpretrain (or mmpretrain), beside torchvision',
+}
+
+
+def host_script(config: Config, name: str) -> Path:
+    """The script of mmdet, mmseg or mmpretrain that a config is for, by its ``default_scope``.
+
+    Args:
+        config: The config.
+        name: 'train.py' or 'test.py'.
+
+    Raises:
+        InputError: If the scope is none of these, or the framework is not installed with its tools.
+    """
+    scope = config.get('default_scope')
+    if scope not in _DISTRIBUTIONS:
+        names = ', '.join(map(repr, _DISTRIBUTIONS))
+        raise InputError(f'default_scope: got {scope!r} in the config, expected one of {names}')
+    spec = importlib.util.find_spec(scope)
+    if spec is None:
+        raise InputError(f'{scope} is not installed: pip install {_DISTRIBUTIONS[scope]}')
+    script = Path(spec.origin).parent / '.mim' / 'tools' / name
+    if not script.is_file():
+        raise InputError(f'{scope} is installed without its tools: no such file: {script}')
+    return script
+
+
+class _Options(DictAction):
+    """DictAction with argparse's own error for what is no KEY=VALUE."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except ValueError:
+            parser.error(f'{option_string}: got {" ".join(values)!r}, expected KEY=VALUE pairs')
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training; all but ``config`` and ``--cfg-options`` are the host's.
+
+    Args:
+        parser: Gets them.
+    """
+    _add_common_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='go on from the latest checkpoint of the work dir; mmdet and mmpretrain also take a '
+        'file',
+    )
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='mmdet and mmpretrain: by the batch size'
+    )
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of testing; all but ``config`` and ``--cfg-options`` are the host's.
+
+    Args:
+        parser: Gets them.
+    """
+    _add_common_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='where to write the predictions')
+    parser.add_argument('--show', action='store_true', help='show the predictions')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument('--wait-time', type=float, help='seconds between shown pictures')
+    parser.add_argument('--tta', action='store_true', help='test time augmentation')
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    # Declared so that their values are not taken for positional arguments; the host parses again.
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Options,
+        metavar='KEY=VALUE',
+        help='override settings of the config, e.g. train_dataloader.batch_size=1',
+    )
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def train(args: argparse.Namespace, arguments: list[str]) -> None:
+    """Check config, data and weights, then train by the host's ``tools/train.py``.
+
+    Args:
+        args: What :func:`add_train_arguments` parsed.
+        arguments: The whole command line for the host's script.
+
+    Raises:
+        InputError: If something is missing.
+    """
+    allow_runner_checkpoints()
+    config = load_config(args.config, args.cfg_options)
+    if args.amp and get_device() == 'cpu':
+        raise InputError("--amp: got no GPU, expected one: mmengine's AmpOptimWrapper needs it")
+    script = host_script(config, 'train.py')
+    for split in ('train', 'val'):
+        check_data(config, split)
+    check_class_folders(config, ('train', 'val'))
+    work_dir = _work_dir(args, config)
+    resumed = _latest(work_dir) if args.resume == 'auto' else args.resume
+    if resumed is not None:
+        check_checkpoint('resume', resumed)
+    check_checkpoints(config)
+    check_work_dir(work_dir)
+    _run(script, join_processes(args.launcher, config, arguments))
+
+
+def test(args: argparse.Namespace, arguments: list[str]) -> None:
+    """Check config, checkpoint and data, then evaluate by the host's ``tools/test.py``.
+
+    Args:
+        args: What :func:`add_test_arguments` parsed.
+        arguments: The whole command line for the host's script.
+
+    Raises:
+        InputError: If something is missing.
+    """
+    allow_runner_checkpoints()
+    config = load_config(args.config, args.cfg_options)
+    script = host_script(config, 'test.py')
+    check_checkpoint('checkpoint', args.checkpoint)
+    check_data(config, 'test')
+    check_class_folders(config, ('test',))
+    check_work_dir(_work_dir(args, config))
+    _run(script, join_processes(args.launcher, config, arguments))
+
+
+def _work_dir(args: argparse.Namespace, config: Config) -> str:
+    """The folder the host's script is going to choose."""
+    return (
+        args.work_dir or config.get('work_dir') or os.path.join('work_dirs', Path(args.config).stem)
+    )
+
+
+def _latest(work_dir: str) -> str | None:
+    """The checkpoint that ``--resume`` goes on from; None where a run starts anew."""
+    name = Path(work_dir, 'last_checkpoint')  # mmengine's
+    return name.read_text().strip() if name.is_file() else None
+
+
+def _run(script: Path, arguments: list[str]) -> None:
+    sys.argv = [str(script), *arguments]
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+        leave_processes()
+    except CheckpointError as error:
+        # Weights that do not fill the built backbone; a checkpoint that cannot be written.
+        raise InputError(str(error)) from error
+
+
+def allow_runner_checkpoints() -> None:
+    """Let mmengine read what it wrote, with the original mmengine and torch 2.6 or newer.
+
+    A Runner's checkpoint holds log histories, which ``torch.load`` refuses unless told otherwise.
+    onedl-mmengine tells it, the original mmengine could neither resume nor test.
+    """
+    os.environ.setdefault('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')

@@ -1,0 +1,229 @@
+"""Checks what a config needs from the disk before a run starts: one clear line, not a trace."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.config import Config
+
+from ssn_plugin.errors import CheckpointError, InputError, in_one_line
+from ssn_plugin.models.pretrained import load_checkpoint
+
+_HOW_TO_GET = {
+    'CocoDataset': 'COCO 2017 images and annotations are at https://cocodataset.org/#download',
+    'CityscapesDataset': (
+        'Cityscapes (leftImg8bit and gtFine) is at https://www.cityscapes-dataset.com/downloads, '
+        'its labelTrainIds.png are made by mmseg/tools/dataset_converters/cityscapes.py'
+    ),
+    'ADE20KDataset': (
+        'ADE20K is ADEChallengeData2016.zip at '
+        'http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip'
+    ),
+    'ImageNet': (
+        'ImageNet-1k (ILSVRC 2012) is at https://image-net.org/download, one folder per class '
+        'belongs into train/ and into val/'
+    ),
+    'CustomDataset': 'it holds one folder of images per class',
+}
+_DEMO_DATA = 'data/demo/'
+_DEMO_FOLDER = 'data/imagefolder'
+
+
+def load_config(path: str, options: dict | None = None) -> Config:
+    """Read a config file and merge the command line's options into it.
+
+    Args:
+        path: The file.
+        options: Dotted keys and values.
+
+    Raises:
+        InputError: If the file is missing or cannot be read as a config.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'config: no such file: {path}')
+    try:
+        config = Config.fromfile(path)
+        if options:
+            config.merge_from_dict(options)
+    except Exception as error:
+        # mmengine raises whatever a config's own code or a bad option raises.
+        raise InputError(f'config: cannot read {path}: {in_one_line(error)}') from error
+    return config
+
+
+def check_data(config: Config, split: str) -> None:
+    """Look for the files and folders of a data loader and of its evaluator.
+
+    Args:
+        config: The whole config.
+        split: 'train', 'val' or 'test'.
+
+    Raises:
+        InputError: Naming what is missing, where it was looked for and how to get it.
+    """
+    if not config.get(f'{split}_dataloader'):
+        return
+    check_datasets(config, split, 'point {key}.data_root elsewhere with --cfg-options')
+    evaluators = config.get(f'{split}_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        path = evaluator.get('ann_file')
+        if isinstance(path, str) and not os.path.exists(path):
+            raise InputError(
+                f'{split}_evaluator.ann_file: no such file: {path}; set it to the ann_file of '
+                f'{split}_dataloader.dataset with --cfg-options'
+            )
+
+
+def check_datasets(config: Config, split: str, remedy: str) -> None:
+    """Look for the files and folders of a data loader.
+
+    Args:
+        config: The whole config.
+        split: 'train', 'val' or 'test'.
+        remedy: What else a user can do; ``{key}`` becomes the place in the config.
+
+    Raises:
+        InputError: Naming what is missing, where it was looked for and how to get it.
+    """
+    for key, dataset in datasets_of(config, split):
+        root = str(dataset.get('data_root') or '')
+        wanted = data_folders(dataset)
+        if isinstance(dataset.get('ann_file'), str) and dataset['ann_file']:
+            wanted = [os.path.join(root, dataset['ann_file']), *wanted]
+        for path in [] if dataset.get('backend_args') else wanted:
+            if not os.path.exists(path):
+                raise InputError(
+                    f'{key}: no such file or folder: {path} (data_root={root!r}, looked for from '
+                    f'{os.getcwd()}); {_advice(dataset.get("type"), path)}, or '
+                    f'{remedy.format(key=key)}'
+                )
+
+
+def datasets_of(config: Config, split: str) -> Iterator[tuple[str, dict]]:
+    """The data sets of a loader, out of their wrappers, with their places in the config.
+
+    Args:
+        config: The whole config.
+        split: 'train', 'val' or 'test'.
+    """
+    loader = config.get(f'{split}_dataloader')
+    if loader:
+        yield from _datasets(loader.dataset, f'{split}_dataloader.dataset')
+
+
+def data_folders(dataset: dict) -> list[str]:
+    """The folders a data set reads, by its ``data_root``, ``data_prefix`` and ``split``.
+
+    Args:
+        dataset: Its config.
+    """
+    prefix = dataset.get('data_prefix') or {}
+    if not prefix and str(dataset.get('type')).rsplit('.', 1)[-1] == 'ImageNet':
+        prefix = dataset.get('split') or {}
+    names = [prefix] if isinstance(prefix, str) else prefix.values()
+    root = str(dataset.get('data_root') or '')
+    return [os.path.join(root, name) for name in names if isinstance(name, str) and name]
+
+
+def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
+    """The leaves of wrapped and concatenated data sets, with their places in the config."""
+    if 'dataset' in dataset:
+        yield from _datasets(dataset['dataset'], f'{key}.dataset')
+    elif 'datasets' in dataset:
+        for index, part in enumerate(dataset['datasets']):
+            yield from _datasets(part, f'{key}.datasets.{index}')
+    else:
+        yield key, dataset
+
+
+def _advice(dataset_type: object, path: str) -> str:
+    if path.startswith(_DEMO_DATA):
+        return f'make it with `python tools/make_demo_dataset.py {_DEMO_DATA.rstrip("/")}`'
+    if path.startswith(_DEMO_FOLDER):
+        return (
+            'name your folder of class folders by the variable SSN_IMAGEFOLDER, or make one with '
+            f'`python tools/make_demo_image_folder.py {_DEMO_FOLDER}`'
+        )
+    return _HOW_TO_GET.get(str(dataset_type).rsplit('.', 1)[-1], 'put it there')
+
+
+def check_checkpoints(config: Config) -> None:
+    """Look at the weights a run starts from: ``init_cfg``, ``pretrained`` and ``load_from``.
+
+    Each is loaded once. For a name with a scheme (``torchvision://``, ``https://``) only the first
+    process of a machine does so, and the others find it in the cache.
+
+    Args:
+        config: The whole config.
+
+    Raises:
+        InputError: Naming the entry and the file, and how to get it or do without.
+    """
+    wanted = list(pretrained_in(config.get('model', {}), 'model'))
+    if isinstance(config.get('load_from'), str):
+        wanted.append(('load_from', 'load_from', config.load_from))
+    for key, switch, checkpoint in wanted:
+        if '://' in checkpoint and int(os.environ.get('LOCAL_RANK', 0)) != 0:
+            continue
+        check_checkpoint(
+            key,
+            checkpoint,
+            f'; name another file by --cfg-options {key}=FILE, '
+            f'or do without it by --cfg-options {switch}=None',
+        )
+
+
+def check_checkpoint(name: str, path: str, advice: str = '') -> None:
+    """Load a checkpoint once, to see that it can be.
+
+    Args:
+        name: The argument or config entry that names it.
+        path: File or address.
+        advice: What to do about it, for the error.
+
+    Raises:
+        InputError: If there is no such file or it cannot be loaded.
+    """
+    try:
+        load_checkpoint(path)
+    except CheckpointError as error:
+        raise InputError(f'{name}: {error}{advice}') from error
+
+
+def pretrained_in(node: object, key: str) -> Iterator[tuple[str, str, str]]:
+    """The weights that a config names, by ``init_cfg``, which may be a list, or ``pretrained``.
+
+    Args:
+        node: A piece of the config.
+        key: Its place.
+
+    Yields:
+        Place of the file's name, place of what to set to None to do without, and the name.
+    """
+    if isinstance(node, dict):
+        if isinstance(node.get('pretrained'), str):
+            yield f'{key}.pretrained', f'{key}.pretrained', node['pretrained']
+        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+            yield f'{key}.checkpoint', key, node['checkpoint']
+        for name, child in node.items():
+            yield from pretrained_in(child, f'{key}.{name}')
+    elif isinstance(node, list | tuple):
+        for index, child in enumerate(node):
+            yield from pretrained_in(child, f'{key}.{index}')
+
+
+def check_work_dir(path: str) -> None:
+    """Make the folder a run writes to.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        InputError: If it cannot be made or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'work_dir: cannot make {path}: {error.strerror}') from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f'work_dir: cannot write to {path}')

@@ -1,0 +1,99 @@
+"""A few real images, through the test pipeline of a config, as batches of one."""
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DATASETS, init_default_scope
+
+from ssn_plugin.errors import InputError, in_one_line
+from ssn_plugin.jobs.preflight import check_datasets, datasets_of
+
+_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
+
+def sample_images(config: Config, named: Sequence[str] = (), count: int = 4) -> list[str]:
+    """Image files: those that a user names, or some of a config's test data set.
+
+    Args:
+        config: The whole config.
+        named: Files, which are all taken, and folders.
+        count: How many images to take of a folder or of the data set, spread evenly.
+
+    Raises:
+        InputError: If there are none.
+    """
+    if not named:
+        return _spread(_of_data_set(config), count, 'the test data set')
+    return [file for name in named for file in _files(name, count)]
+
+
+def _spread(found: list[str], count: int, where: str) -> list[str]:
+    if not found:
+        raise InputError(f'images: got no image in {where}')
+    count = min(count, len(found))
+    return [found[index * len(found) // count] for index in range(count)]
+
+
+def _files(name: str, count: int) -> list[str]:
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+        return _spread(found, count, name)
+    if not path.is_file():
+        raise InputError(f'images: no such file or folder: {name} (looked for from {os.getcwd()})')
+    return [name]
+
+
+def _of_data_set(config: Config) -> list[str]:
+    if not config.get('test_dataloader'):
+        raise InputError('images: the config has no test_dataloader; name files by --images')
+    check_datasets(config, 'test', 'name images by --images')
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    try:
+        data = DATASETS.build(copy.deepcopy(config.test_dataloader.dataset))
+        infos = (data.get_data_info(index) for index in range(len(data)))
+        return [info['img_path'] for info in infos if info.get('img_path')]
+    except Exception as error:  # the registry's, or of the data set's own code
+        raise InputError(
+            f'images: cannot read the test data set: {in_one_line(error)}; name images by --images'
+        ) from error
+
+
+def sample_batches(config: Config, images: Sequence[str]) -> Iterator[dict]:
+    """What a test data loader would give for image files that have no annotations.
+
+    Args:
+        config: The whole config.
+        images: The files.
+
+    Yields:
+        Batches of one image each, before the model's data preprocessor.
+
+    Raises:
+        InputError: If the config has no test pipeline or an image cannot be read.
+    """
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    transforms = next((leaf.get('pipeline') for _, leaf in datasets_of(config, 'test')), None)
+    if not transforms:
+        raise InputError('images: the config has no test_dataloader.dataset.pipeline for them')
+    transforms = copy.deepcopy([each for each in transforms if not _reads_annotations(each)])
+    try:
+        pipeline = Compose(transforms)
+    except Exception as error:
+        raise InputError(f'images: cannot build the test pipeline: {in_one_line(error)}') from error
+    for index, path in enumerate(images):
+        try:
+            yield pseudo_collate([pipeline({'img_path': path, 'img_id': index})])
+        except Exception as error:
+            # Decoders and transforms raise errors of their own.
+            raise InputError(f'images: cannot read {path}: {in_one_line(error)}') from error
+
+
+def _reads_annotations(transform: dict) -> bool:
+    kind = transform['type']
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.endswith('Annotations')

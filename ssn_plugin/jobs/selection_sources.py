@@ -1,0 +1,95 @@
+"""Importance ratios of what a user names: a checkpoint, a work dir, or a config with weights."""
+
+import re
+from pathlib import Path
+
+from ssn_plugin.analysis.importance_ratios import (
+    LayerRatios,
+    importance_ratios,
+    importance_ratios_of_state,
+)
+from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
+from ssn_plugin.checkpoint.layout import shown
+from ssn_plugin.checkpoint.traits import told_candidates
+from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.preflight import load_config
+from ssn_plugin.jobs.trained_model import build_model
+from ssn_plugin.models.pretrained import load_checkpoint
+
+
+def rows_of(source: str, allow_pickle: bool = False) -> list[LayerRatios]:
+    """Importance ratios of what a user names.
+
+    Args:
+        source: A checkpoint file or an address that mmengine knows; a work dir, of which the last
+            checkpoint is taken; ``CONFIG.py:CHECKPOINT``, of which the model is built and the
+            checkpoint loaded; or ``CONFIG.py`` alone with the weights it starts from.
+        allow_pickle: Unpickle code in a checkpoint, which is then trusted.
+
+    Returns:
+        At least one row.
+
+    Raises:
+        InputError: If there is no such thing, or no SSN or SN layer in it.
+        CheckpointError: If a checkpoint cannot be read.
+    """
+    config, colon, checkpoint = source.partition('.py:')
+    if colon:
+        rows = _of_config(f'{config}.py', checkpoint, allow_pickle)
+    elif source.endswith('.py'):
+        rows = _of_config(source, None, allow_pickle)
+    else:
+        file = _last_checkpoint(Path(source)) if Path(source).is_dir() else source
+        rows = _of_checkpoint(file, allow_pickle)
+    if not rows:
+        raise InputError(f'{source}: has no SSN or SN layers')
+    return rows
+
+
+def _last_checkpoint(folder: Path) -> str:
+    """The checkpoint that a work dir names as its last, also where the folder has been moved."""
+    note = folder / 'last_checkpoint'
+    if not note.is_file():
+        raise InputError(
+            f'{folder}: has no last_checkpoint, expected a work dir whose training has saved one'
+        )
+    try:
+        named = Path(note.read_text().strip())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or 'it is no text'
+        raise InputError(f'{note}: cannot read it: {reason}') from error
+    moved = folder / named.name
+    return str(named if named.is_file() or not moved.is_file() else moved)
+
+
+def _of_checkpoint(path: str, allow_pickle: bool) -> list[LayerRatios]:
+    reads = load_checkpoint if '://' in path else read_checkpoint
+    checkpoint = reads(path, allow_pickle)
+    state = weights_in(checkpoint, path)
+    return importance_ratios_of_state(state, told_candidates(checkpoint))
+
+
+def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[LayerRatios]:
+    config = load_config(path)
+    model = build_model(config, path)
+    checkpoint = checkpoint or config.get('load_from')
+    if checkpoint is None:
+        if not re.search(r'\bPretrained\b', str(config.model.to_dict())):
+            raise InputError(
+                f'{path}: names no weights, neither by load_from nor by init_cfg; expected '
+                f'{path}:CHECKPOINT'
+            )
+        model.init_weights()
+        return importance_ratios(model)
+    reads = load_checkpoint if '://' in checkpoint else read_checkpoint
+    state = weights_in(reads(checkpoint, allow_pickle), checkpoint)
+    rows = {row.layer for row in importance_ratios(model)}
+    try:
+        missing, _ = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).splitlines()[1:2]).strip()
+        raise CheckpointError(f'{checkpoint}: does not fit {path}: {reason}') from error
+    random = [key for key in missing if key.endswith('.mean_weight') and key[:-12] in rows]
+    if random:
+        raise CheckpointError(f'{checkpoint}: does not fit {path}: it lacks {shown(random)}')
+    return importance_ratios(model)

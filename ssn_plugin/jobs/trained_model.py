@@ -1,0 +1,75 @@
+"""The model of a config, and the weights of a checkpoint in it."""
+
+import copy
+import os
+from collections.abc import Mapping
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from ssn_plugin.checkpoint.layout import shown
+from ssn_plugin.errors import CheckpointError, InputError, in_one_line
+
+
+def model_settings(config: Config) -> dict:
+    """The model's part of a config, with its data preprocessor, wherever that stands.
+
+    Args:
+        config: The config, which is not changed. mmpretrain's have ``data_preprocessor`` beside
+            ``model``, and the Runner puts it there.
+    """
+    settings = copy.deepcopy(config.model)
+    if config.get('data_preprocessor') is not None:
+        settings.setdefault('data_preprocessor', copy.deepcopy(config.data_preprocessor))
+    return settings
+
+
+def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
+    """Build the model of a config in the scope that the config names.
+
+    Args:
+        config: The config, which is not changed.
+        path: Where it is from, for the error.
+
+    Raises:
+        InputError: If the config has no model, or it cannot be built.
+    """
+    if not config.get('model'):
+        raise InputError(f'config: {path} has no model')
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    try:
+        return MODELS.build(model_settings(config))
+    except Exception as error:
+        # The registry raises what the missing package or the model's own code raises.
+        raise InputError(
+            f'config: cannot build the model of {path}: {in_one_line(error)}'
+        ) from error
+
+
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], checkpoint: str, config: str
+) -> None:
+    """Fill a model; every key of it and of the state dict has to have its counterpart.
+
+    Args:
+        model: Any module.
+        state: Its state dict.
+        checkpoint: Where the state dict is from, for the error.
+        config: Where the model is from, for the error.
+
+    Raises:
+        CheckpointError: Naming missing and unexpected keys, or the first of another shape.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).splitlines()[1:2]).strip()
+        raise CheckpointError(f'{checkpoint}: does not fit {config}: {reason}') from error
+    parts = [
+        f'{what} {shown(keys)}'
+        for what, keys in (('missing', missing), ('unexpected', unexpected))
+        if keys
+    ]
+    if parts:
+        raise CheckpointError(f'{checkpoint}: does not fit {config}: {"; ".join(parts)}')

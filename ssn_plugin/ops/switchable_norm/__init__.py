@@ -1,0 +1,1 @@
+"""Normalisation by a mixture of statistics: who computes it, and how."""

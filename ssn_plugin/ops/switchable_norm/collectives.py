@@ -1,0 +1,144 @@
+"""BN's statistics over several processes: one all-reduce forward and one backward.
+
+Processes may hold different numbers of samples and positions, or none. README.md beside this file
+has the derivation.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssn_plugin.ops.switchable_norm.statistics import Moments, pool_total
+
+
+class BatchMoments(NamedTuple):
+    """Moments of every channel over all processes of a group.
+
+    Attributes:
+        count: Elements per channel, 0-d.
+        mean: Shape (C,).
+        var: Shape (C,).
+    """
+
+    count: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def all_reduce_moments(rows: Moments, length: int, group: dist.ProcessGroup) -> BatchMoments:
+    """Moments over all rows of all processes, each weighted by the elements of its row.
+
+    One all-reduce of 2 C + 1 numbers: count, sum and sum of squares. In float64, where the
+    difference of the last two costs no digits that float32 has, and summed by the collective, so
+    that every process gets the same bits.
+
+    Args:
+        rows: Moments of this process's rows, (N, C), the variance corrected; N may be zero.
+        length: Elements per row.
+        group: The processes.
+    """
+    mean = rows.mean.double()
+    square = mean.square()
+    if rows.var is not None:
+        square += rows.var
+    count = mean.new_full((1,), len(mean) * length)
+    totals = torch.cat((count, mean.sum(0) * length, square.sum(0) * length))
+    dist.all_reduce(totals, group=group)
+    count, totals = totals[0], totals[1:] / totals[0].clamp(min=1)
+    mean, square = totals.view(2, -1)
+    var = (square - mean.square()).clamp_(min=0)
+    dtype = rows.mean.dtype
+    return BatchMoments(count.to(dtype), mean.to(dtype), var.to(dtype))
+
+
+def all_reduce_gradients(grad: Moments, count: Tensor, group: dist.ProcessGroup) -> Moments:
+    """Per element of the batch, the sums over all rows of all processes; one all-reduce.
+
+    Args:
+        grad: Gradients of this process's rows, (N, C) each; N may be zero.
+        count: Elements per channel over all processes, 0-d.
+        group: The processes.
+
+    Returns:
+        Both summed and divided by ``count``, (C,).
+    """
+    totals = torch.cat([pool_total(part, 'BN', 1) for part in grad])
+    dist.all_reduce(totals, group=group)
+    return Moments(*(totals / count.clamp(min=1)).view(2, -1))
+
+
+def track(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch: BatchMoments,
+    momentum: float | Tensor,
+    correction: int,
+) -> None:
+    """Update running statistics in place; a batch that is empty everywhere leaves them alone.
+
+    Args:
+        running_mean: Shape (C,).
+        running_var: Shape (C,).
+        batch: The new values.
+        momentum: Weight of the new value.
+        correction: 0 to turn the variance into the unbiased one; 1 if it stays as it is.
+    """
+    count, mean, var = batch
+    if correction == 0:
+        # Before count loses a unit to rounding this is one.
+        var = var * (count / (count - 1).clamp(min=1))
+    # An infinite one would be NaN after the next update.
+    var = var.clamp(max=torch.finfo(running_var.dtype).max)
+    weight = (count > 0).to(running_mean.dtype) * momentum
+    running_mean.lerp_(mean.to(running_mean.dtype), weight)
+    running_var.lerp_(var.to(running_var.dtype), weight)
+
+
+class EmptyShareFunction(torch.autograd.Function):
+    """The part in both collectives of a process without elements; x passes as it is."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        correction: int,
+        group: dist.ProcessGroup,
+        shares_gradients: bool,
+    ) -> Tensor:
+        """Add nothing to the batch, and track what the others hold.
+
+        Args:
+            ctx: Autograd context.
+            x: Shape (N, C, ...), without elements.
+            running_mean: Shape (C,), updated in place, or None.
+            running_var: Shape (C,) or None.
+            momentum: Weight of the new value.
+            correction: Of the layer.
+            group: The processes.
+            shares_gradients: Whether the others reduce gradients in their backward pass.
+        """
+        nothing = x.new_empty(0, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        batch = all_reduce_moments(Moments(nothing, None), 0, group)
+        if running_mean is not None:
+            track(running_mean, running_var, batch, momentum, correction)
+        ctx.group = group if shares_gradients else None
+        ctx.save_for_backward(nothing, batch.count)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient passes as it is.
+
+        Args:
+            ctx: Autograd context.
+            dy: The shape of x.
+        """
+        if ctx.group is not None:
+            nothing, count = ctx.saved_tensors
+            all_reduce_gradients(Moments(nothing, nothing), count, ctx.group)
+        return dy, *(None,) * 6

@@ -1,0 +1,1 @@
+"""The Triton backend; the only folder that imports Triton."""

@@ -1,0 +1,85 @@
+"""The host's own scripts are found by a config's scope; tools end in one line and exit code 1."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.framework_script import host_script
+
+ROOT = Path(__file__).parents[2]
+CONFIG = 'configs/coco/mask-rcnn_r50_fpn_ssn-all_2x_coco.py'
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
+@pytest.mark.parametrize('name', ['train.py', 'test.py'])
+def test_scripts_of_both_hosts(scope, name):
+    script = host_script(Config(dict(default_scope=scope)), name)
+    assert script.is_file()
+    assert scope in script.parts
+
+
+@pytest.mark.parametrize('scope', [None, 'mmpose'])
+def test_other_scopes_are_refused(scope):
+    with pytest.raises(InputError, match='default_scope'):
+        host_script(Config(dict(default_scope=scope)), 'train.py')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'code', 'said'),
+    [
+        (['tools/train.py', 'nothing.py'], 1, 'train.py: config: no such file: nothing.py'),
+        (['tools/test.py', CONFIG, 'nothing.pth'], 1, 'checkpoint: nothing.pth: no such file'),
+        (['tools/train.py', CONFIG, '--cfg-options', 'depth'], 2, 'expected KEY=VALUE'),
+        (['tools/train.py'], 2, 'required: config'),
+        # values of options are not taken for the positional arguments
+        (['tools/train.py', '--launcher', 'none', 'nothing.py'], 1, 'no such file: nothing.py'),
+        (
+            ['tools/test.py', CONFIG, '--show-dir', 'd', 'nothing.pth'],
+            1,
+            'nothing.pth: no such file',
+        ),
+        (
+            ['tools/test.py', '--out', 'a.pkl', CONFIG, 'b.pth'],
+            1,
+            'checkpoint: b.pth: no such file',
+        ),
+    ],
+)
+def test_bad_command_lines(arguments, code, said):
+    result = run(*arguments)
+    assert result.returncode == code
+    assert said in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+def test_missing_host_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(InputError, match='mmpretrain is not installed: pip install onedl-mmpret'):
+        host_script(Config(dict(default_scope='mmpretrain')), 'train.py')
+
+
+@pytest.mark.skipif(get_device() != 'cpu', reason='there is a GPU')
+def test_amp_without_a_gpu_is_one_line():
+    result = run('tools/train.py', CONFIG, '--amp')
+    assert result.returncode == 1
+    assert '--amp: got no GPU, expected one' in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+def test_missing_data_is_one_line(tmp_path):
+    result = run(ROOT / 'tools/train.py', ROOT / CONFIG, cwd=tmp_path)
+    assert result.returncode == 1
+    assert 'data/coco/annotations/instances_train2017.json' in result.stderr
+    assert 'Traceback' not in result.stderr
+    assert not (tmp_path / 'work_dirs').exists()
