@@ -55,14 +55,14 @@ def config_of(run: Row, data: Path, backbone: str, work_dir: Path) -> Config:
         config.model.backbone.norm_eval = True
     if 'no-BN' in remedy:
         groups = transfer.SIZES[run['size']]['groups']
-        for part in _new_parts(config.model):
+        for part in new_parts(config.model):
             part.norm_cfg = dict(type='SSN', normalizers=CANDIDATES_OF_HEADS, num_groups=groups)
     if remedy == 'PreciseStatsHook':
         config.custom_hooks.append(dict(type='PreciseStatsHook'))
     return config
 
 
-def _new_parts(model: ConfigDict) -> Iterator[ConfigDict]:
+def new_parts(model: ConfigDict) -> Iterator[ConfigDict]:
     """What a backbone's weights do not reach."""
     heads = model.get('roi_head', {})
     parts = (

@@ -29,7 +29,7 @@ from studies.ledger import (
     work_through,
 )
 from studies.pieces import BudgetSpentError, PieceHook
-from studies.rules import set_rules, shares
+from studies.rules import CANDIDATES, set_rules, shares
 from studies.small_batches.analyze import BATCHES, NORMS
 
 SEEDS = (0, 1, 2)
@@ -107,7 +107,31 @@ def run_one(run: Row, data: Path, work_dir: Path, out: Path, budget: Budget, dev
     Returns:
         The other fields of its row, or None if the budget ended before the run did.
     """
-    runner = Runner.from_cfg(config_of(run, data, work_dir))
+    finished = train(config_of(run, data, work_dir), CANDIDATES, budget, device)
+    if finished is None:
+        return None
+    outcome, ratios = finished
+    if ratios:
+        record(out / 'selections.csv', run, choices(run, ratios))
+    return {'epochs': SIZES[run['size']]['epochs'], **outcome}
+
+
+def train(
+    config: Config, candidates: Sequence[str], budget: Budget, device: str
+) -> tuple[Row, list[LayerRatios]] | None:
+    """Train and evaluate one config.
+
+    Args:
+        config: As ``config_of`` makes it.
+        candidates: Normalizers whose shares are recorded.
+        budget: Ends the run behind an epoch.
+        device: 'cpu' or 'cuda'.
+
+    Returns:
+        What a row says of it, and the importance ratios; None if the budget ended before the run
+        did.
+    """
+    runner = Runner.from_cfg(config)
     piece = PieceHook(budget)
     runner.register_hook(piece)
     try:
@@ -117,19 +141,17 @@ def run_one(run: Row, data: Path, work_dir: Path, out: Path, budget: Budget, dev
     top1 = runner.val_loop.run()['accuracy/top1']
     losses = runner.message_hub.get_scalar('train/loss')
     ratios = importance_ratios(runner.model)
-    if ratios:
-        record(out / 'selections.csv', run, choices(run, ratios))
-    return {
-        'epochs': runner.max_epochs,
+    outcome = {
         'iterations': runner.iter,
         'top1': f'{top1:.2f}',
         'train_loss': f'{losses.mean(len(runner.train_dataloader)):.4f}',
-        **shares(ratios),
+        **shares(ratios, candidates),
         'undecided': sum(not row.decided for row in ratios) if ratios else '',
         'wall_seconds': round(piece.seconds),
         'pieces': piece.pieces,
         **provenance(device),
     }
+    return outcome, ratios
 
 
 def choices(run: Row, ratios: Sequence[LayerRatios]) -> list[Row]:

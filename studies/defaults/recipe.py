@@ -1,0 +1,247 @@
+"""What differs between the runs: the plan, which grows with the rows, and the config of each."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+
+from studies.ledger import Row, matches
+from studies.remedies.recipe import new_parts
+from studies.small_batches import run as small_batches
+from studies.transfer import recipe as transfer
+
+NORMS = ('BN', 'GN', 'SN')
+CANDIDATES = ('IN', 'LN', 'GN', 'BN')
+# CANDIDATES@END: those of every layer, and the part of the run after which the radius is 1.
+PAPER = 'IN-LN-BN@1.0'
+RULES = ('LN-GN-BN@0.3', 'IN-LN-GN-BN@0.3', 'IN-LN-BN@0.3', 'LN-GN-BN@1.0')
+LATER_RULES = ('LN-GN-BN@0.5', 'LN-GN-BN@0.15', PAPER)
+# What a fine-tuned backbone does: of the run's own rule and on its stored statistics, the same with
+# live statistics, or that of the paper's rule, as released weights are, on its stored statistics.
+STORED, LIVE, RELEASED = 'stored', 'live', 'released'
+PRETRAINED_BATCH = 32
+BATCHES = {'cls': (32, 8, 2), 'seg': (4, 2, 1), 'det': (4, 2, 1)}
+SCORES = {'cls': 'top1', 'seg': 'miou', 'det': 'box_ap50'}
+SCREENING, CONFIRMATION = (10,), (0, 1, 2)
+# Seeds of the published rows of BN, GN and SN.
+PUBLISHED = {'cls': (0, 1, 2), 'seg': (0, 1), 'det': (0, 1)}
+FIRST_CELLS = (('cls', 32), ('seg', 1), ('det', 1))
+SECOND_CELL = ('cls', 2)
+FINALISTS = 2
+LR_FACTORS = (1.0, 0.5, 2.0)
+
+
+def run_of(
+    size: str,
+    rule: str,
+    cell: tuple[str, int],
+    seed: int,
+    backbone: str = STORED,
+    lr_factor: float = 1.0,
+) -> Row:
+    """The fields that name a run.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        rule: A norm or CANDIDATES@END.
+        cell: Task and images per batch.
+        seed: Of the run, and of the backbone that it starts from.
+        backbone: STORED, LIVE or RELEASED; classification has none.
+        lr_factor: By which the learning rate of the recipe is multiplied.
+    """
+    task, batch = cell
+    kind = 'none' if task == 'cls' else backbone
+    return dict(
+        size=size,
+        task=task,
+        rule=rule,
+        backbone=kind,
+        batch=batch,
+        seed=seed,
+        lr_factor=lr_factor,
+    )
+
+
+def plan(size: str, rows: Sequence[Row]) -> list[Row]:
+    """The runs in their order, as far as the rows tell which they are.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        rows: Of results.csv.
+    """
+    seed = SCREENING[0]
+    first = [run_of(size, rule, cell, seed) for cell in FIRST_CELLS for rule in RULES]
+    if not all_done(first, rows):
+        return first
+    second = [run_of(size, rule, SECOND_CELL, seed) for rule in finalists(size, rows)]
+    if not all_done(second, rows):
+        return first + second
+    runs = [*first, *second, *_confirmation(size, winner(size, rows))]
+    runs += [run_of(size, rule, cell, seed) for cell in FIRST_CELLS for rule in LATER_RULES]
+    runs += [run_of(size, rule, SECOND_CELL, seed) for rule in (*RULES, *LATER_RULES)]
+    return list(_unique([*runs, *_learning_rates(size, rows)]))
+
+
+def _confirmation(size: str, rule: str) -> Iterator[Row]:
+    """What decides first comes first: cells whose other norms have been run, quick ones."""
+    tuned = [(task, batch) for task in ('seg', 'det') for batch in reversed(BATCHES[task])]
+    for seed in (0, 1):
+        for cell in (('cls', 32), *tuned):
+            yield run_of(size, rule, cell, seed)
+    for cell in (('cls', 2), ('cls', 8)):
+        for seed in (0, 1):
+            yield run_of(size, rule, cell, seed)
+    for cell in (('cls', 32), *tuned, ('cls', 2), ('cls', 8)):
+        yield run_of(size, rule, cell, 2)
+    for cell in (('cls', 32), *tuned):
+        for norm in NORMS:
+            if possible(norm, cell):
+                yield run_of(size, norm, cell, 2)
+    for kind in (RELEASED, LIVE):
+        for seed in CONFIRMATION:
+            if kind == RELEASED:
+                yield run_of(size, PAPER, ('cls', PRETRAINED_BATCH), seed)
+            for cell in tuned:
+                yield run_of(size, rule, cell, seed, kind)
+
+
+def _learning_rates(size: str, rows: Sequence[Row]) -> Iterator[Row]:
+    """Each at every factor with the seed of the screening, then its best with the others."""
+    names = (winner(size, rows), *NORMS)
+    seed = SCREENING[0]
+    cells = [(task, batch) for task in ('seg', 'det', 'cls') for batch in BATCHES[task]]
+    pairs = [(name, cell) for cell in cells for name in names if possible(name, cell)]
+    for norm in NORMS:
+        yield run_of(size, norm, ('cls', PRETRAINED_BATCH), seed)
+    for name, cell in pairs:
+        tried = [run_of(size, name, cell, seed, lr_factor=factor) for factor in LR_FACTORS]
+        yield from tried
+        if all_done(tried, rows):
+            best = max(tried, key=lambda run: score(run, rows))
+            for other in CONFIRMATION:
+                if best['lr_factor'] != 1.0:
+                    yield {**best, 'seed': other}
+
+
+def possible(name: str, cell: tuple[str, int]) -> bool:
+    """Whether torch trains the norm there.
+
+    Args:
+        name: A norm or a rule.
+        cell: Task and images per batch.
+    """
+    return (cell[0], name, cell[1]) != transfer.IMPOSSIBLE
+
+
+def _unique(runs: Sequence[Row]) -> Iterator[Row]:
+    seen = set()
+    for run in runs:
+        key = tuple(run.values())
+        if key not in seen:
+            seen.add(key)
+            yield run
+
+
+def all_done(runs: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Whether every run has a row.
+
+    Args:
+        runs: Fields that name each.
+        rows: Of results.csv.
+    """
+    return all(any(matches(row, run) for row in rows) for run in runs)
+
+
+def score(run: Row, rows: Sequence[Row]) -> float:
+    """Top-1, box AP50 or mIoU of a run that has a row.
+
+    Args:
+        run: The fields that name it.
+        rows: Of results.csv.
+    """
+    (row,) = (row for row in rows if matches(row, run))
+    return float(row[SCORES[run['task']]])
+
+
+def screened(size: str, rule: str, rows: Sequence[Row], cells: Sequence[tuple[str, int]]) -> float:
+    """Mean score of a rule over cells of the screening.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        rule: CANDIDATES@END.
+        rows: Of results.csv.
+        cells: Task and images per batch.
+    """
+    scores = [score(run_of(size, rule, cell, SCREENING[0]), rows) for cell in cells]
+    return sum(scores) / len(scores)
+
+
+def finalists(size: str, rows: Sequence[Row]) -> list[str]:
+    """The rules with the highest mean over the first cells.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        rows: Of results.csv; the first cells have been run.
+    """
+    ranked = sorted(RULES, key=lambda rule: -screened(size, rule, rows, FIRST_CELLS))
+    return ranked[:FINALISTS]
+
+
+def winner(size: str, rows: Sequence[Row]) -> str:
+    """The finalist with the highest mean over all cells of the screening.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        rows: Of results.csv; the screening has been run.
+    """
+    cells = (*FIRST_CELLS, SECOND_CELL)
+    return max(finalists(size, rows), key=lambda rule: screened(size, rule, rows, cells))
+
+
+def pretraining_of(run: Row) -> Row:
+    """The run of this study whose backbone a fine-tuning starts from.
+
+    Args:
+        run: An entry of the plan, not of classification.
+    """
+    rule = PAPER if run['backbone'] == RELEASED else run['rule']
+    return run_of(run['size'], rule, ('cls', PRETRAINED_BATCH), run['seed'])
+
+
+def config_of(run: Row, data: Path, backbone: str, work_dir: Path) -> Config:
+    """The config of one run.
+
+    Args:
+        run: An entry of the plan.
+        data: Class folders for classification, else what tools/make_demo_dataset.py makes.
+        backbone: File of published weights; not read for classification.
+        work_dir: For logs and checkpoints.
+    """
+    rule, task = run['rule'], run['task']
+    norm = rule if rule in NORMS else 'SSN'
+    shared = dict(size=run['size'], norm=norm, batch=run['batch'], seed=run['seed'])
+    if task == 'cls':
+        config = small_batches.config_of(shared, data, work_dir)
+    else:
+        other = dict(**shared, data='demo', task=task)
+        config = transfer.config_of(other, {'demo': data}, backbone, work_dir)
+    config.optim_wrapper.optimizer.lr *= run['lr_factor']
+    if norm == 'SSN':
+        _set_rule(config, run)
+    return config
+
+
+def _set_rule(config: Config, run: Row) -> None:
+    candidates, _, end = run['rule'].partition('@')
+    groups = transfer.SIZES[run['size']]['groups']
+    norm_cfg = dict(type='SSN', normalizers=tuple(candidates.split('-')), num_groups=groups)
+    for hook in config.custom_hooks:
+        if hook['type'] == 'SSNRadiusHook':
+            hook['end'] = float(end)
+    for part in new_parts(config.model):
+        if 'norm_cfg' in part:  # not in the neck of a classifier
+            part.norm_cfg = norm_cfg
+    backbone = config.model.backbone
+    if run['backbone'] != RELEASED:
+        backbone.norm_cfg = norm_cfg
+    backbone.norm_eval = run['backbone'] in (STORED, RELEASED)
