@@ -14,8 +14,8 @@ NORMS = ('BN', 'GN', 'SN')
 CANDIDATES = ('IN', 'LN', 'GN', 'BN')
 # CANDIDATES@END: those of every layer, and the part of the run after which the radius is 1.
 PAPER = 'IN-LN-BN@1.0'
-RULES = ('LN-GN-BN@0.3', 'IN-LN-GN-BN@0.3', 'IN-LN-BN@0.3', 'LN-GN-BN@1.0')
-LATER_RULES = ('LN-GN-BN@0.5', 'LN-GN-BN@0.15', PAPER)
+RULES = ('LN-GN-BN@0.3', 'IN-LN-GN-BN@0.3', 'LN-GN-BN@1.0')
+LATER_RULES = ('IN-LN-BN@0.3', 'LN-GN-BN@0.5', 'LN-GN-BN@0.15', PAPER)
 # What a fine-tuned backbone does: of the run's own rule and on its stored statistics, the same with
 # live statistics, or that of the paper's rule, as released weights are, on its stored statistics.
 STORED, LIVE, RELEASED = 'stored', 'live', 'released'
@@ -25,9 +25,8 @@ SCORES = {'cls': 'top1', 'seg': 'miou', 'det': 'box_ap50'}
 SCREENING, CONFIRMATION = (10,), (0, 1, 2)
 # Seeds of the published rows of BN, GN and SN.
 PUBLISHED = {'cls': (0, 1, 2), 'seg': (0, 1), 'det': (0, 1)}
-FIRST_CELLS = (('cls', 32), ('seg', 1), ('det', 1))
-SECOND_CELL = ('cls', 2)
-FINALISTS = 2
+SCREENING_CELLS = (('cls', 32), ('seg', 1), ('det', 1))
+LATER_CELL = ('cls', 2)
 LR_FACTORS = (1.0, 0.5, 2.0)
 
 
@@ -70,15 +69,12 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
         rows: Of results.csv.
     """
     seed = SCREENING[0]
-    first = [run_of(size, rule, cell, seed) for cell in FIRST_CELLS for rule in RULES]
-    if not all_done(first, rows):
-        return first
-    second = [run_of(size, rule, SECOND_CELL, seed) for rule in finalists(size, rows)]
-    if not all_done(second, rows):
-        return first + second
-    runs = [*first, *second, *_confirmation(size, winner(size, rows))]
-    runs += [run_of(size, rule, cell, seed) for cell in FIRST_CELLS for rule in LATER_RULES]
-    runs += [run_of(size, rule, SECOND_CELL, seed) for rule in (*RULES, *LATER_RULES)]
+    runs = [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in RULES]
+    if not all_done(runs, rows):
+        return runs
+    runs += _confirmation(size, winner(size, rows))
+    runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LATER_RULES]
+    runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *LATER_RULES)]
     return list(_unique([*runs, *_learning_rates(size, rows)]))
 
 
@@ -163,39 +159,19 @@ def score(run: Row, rows: Sequence[Row]) -> float:
     return float(row[SCORES[run['task']]])
 
 
-def screened(size: str, rule: str, rows: Sequence[Row], cells: Sequence[tuple[str, int]]) -> float:
-    """Mean score of a rule over cells of the screening.
-
-    Args:
-        size: 'cpu' or 'gpu'.
-        rule: CANDIDATES@END.
-        rows: Of results.csv.
-        cells: Task and images per batch.
-    """
-    scores = [score(run_of(size, rule, cell, SCREENING[0]), rows) for cell in cells]
-    return sum(scores) / len(scores)
-
-
-def finalists(size: str, rows: Sequence[Row]) -> list[str]:
-    """The rules with the highest mean over the first cells.
-
-    Args:
-        size: 'cpu' or 'gpu'.
-        rows: Of results.csv; the first cells have been run.
-    """
-    ranked = sorted(RULES, key=lambda rule: -screened(size, rule, rows, FIRST_CELLS))
-    return ranked[:FINALISTS]
-
-
 def winner(size: str, rows: Sequence[Row]) -> str:
-    """The finalist with the highest mean over all cells of the screening.
+    """The rule with the highest mean score over the cells of the screening.
 
     Args:
         size: 'cpu' or 'gpu'.
         rows: Of results.csv; the screening has been run.
     """
-    cells = (*FIRST_CELLS, SECOND_CELL)
-    return max(finalists(size, rows), key=lambda rule: screened(size, rule, rows, cells))
+
+    def mean(rule: str) -> float:
+        runs = [run_of(size, rule, cell, SCREENING[0]) for cell in SCREENING_CELLS]
+        return sum(score(run, rows) for run in runs) / len(runs)
+
+    return max(RULES, key=mean)
 
 
 def pretraining_of(run: Row) -> Row:

@@ -15,7 +15,7 @@ import torch
 
 from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.publish import publish_backbone
-from ssn_plugin.engine.preflight import InputError, check_data
+from ssn_plugin.jobs.preflight import check_data
 from studies.defaults.recipe import CANDIDATES, SCREENING, config_of, plan, pretraining_of
 from studies.ledger import (
     Budget,
