@@ -18,6 +18,12 @@ from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
 from ssn_plugin.layers.sync_ssn import SyncSSN, convert_sync_ssn, revert_sync_ssn
+from ssn_plugin.training import (
+    clip_control_gradients,
+    control_parameters,
+    radius_at,
+    ssn_parameter_groups,
+)
 from ssn_plugin.version import __version__
 
 if find_spec('mmengine'):  # the layers and functions need torch alone
@@ -32,14 +38,18 @@ __all__ = [
     'SelectedNorm',
     'SyncSSN',
     '__version__',
+    'clip_control_gradients',
     'collapse_ssn',
+    'control_parameters',
     'convert_sync_ssn',
     'find_foldable',
     'fold_batch_norms',
     'hold_ratios',
+    'radius_at',
     'revert_sync_ssn',
     'set_radius',
     'sparsestmax',
+    'ssn_parameter_groups',
     'switchable_norm',
     'undecided_layers',
 ]

@@ -20,6 +20,7 @@ LEVEL = {
     'ops': 1,
     'functional': 2,
     'layers': 3,
+    'training': 4,
     'checkpoint': 4,
     'deploy': 4,
     'analysis': 5,
@@ -29,7 +30,15 @@ LEVEL = {
     '__init__': 9,
     '__main__': 9,
 }
-TORCH_ALONE = {'errors', 'torch_versions', 'ops', 'functional', 'layers', 'checkpoint'}
+TORCH_ALONE = {
+    'errors',
+    'torch_versions',
+    'ops',
+    'functional',
+    'layers',
+    'training',
+    'checkpoint',
+}
 FRAMEWORKS = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'}
 MAY_IMPORT_FRAMEWORKS = {'models', 'engine', 'jobs'}
 

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import ssn_plugin
-from ssn_plugin import deploy, layers
+from ssn_plugin import deploy, layers, training
 
 NAMES = [
     'SN',
@@ -17,14 +17,18 @@ NAMES = [
     'SelectedNorm',
     'SyncSSN',
     '__version__',
+    'clip_control_gradients',
     'collapse_ssn',
+    'control_parameters',
     'convert_sync_ssn',
     'find_foldable',
     'fold_batch_norms',
     'hold_ratios',
+    'radius_at',
     'revert_sync_ssn',
     'set_radius',
     'sparsestmax',
+    'ssn_parameter_groups',
     'switchable_norm',
     'undecided_layers',
 ]
@@ -42,6 +46,10 @@ SIGNATURES = {
     ),
     'set_radius': 'model, radius',
     'undecided_layers': 'model',
+    'radius_at': 'progress, begin=0.0, end=1.0, start_radius=0.0, end_radius=1.0',
+    'control_parameters': 'model',
+    'ssn_parameter_groups': 'model, lr, weight_decay=None, lr_mult=0.1, decay_mult=0.0',
+    'clip_control_gradients': 'model, max_norm=1.0',
     'SSN': f'{SSN_SIGNATURE}, radius=0.0',
     'SSN1d': f'{SSN_SIGNATURE}, radius=0.0',
     'SSN2d': f'{SSN_SIGNATURE}, radius=0.0',
@@ -71,6 +79,7 @@ def test_all():
 
 def test_layers_offer_the_same_objects():
     elsewhere = {'__version__', 'sparsestmax', 'switchable_norm', *deploy.__all__}
+    elsewhere |= {name for name in NAMES if hasattr(training, name)}
     assert set(layers.__all__) == set(NAMES) - elsewhere
     for name in layers.__all__:
         assert getattr(layers, name) is getattr(ssn_plugin, name)
