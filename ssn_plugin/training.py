@@ -1,4 +1,4 @@
-"""The training rules of SSN for a loop of one's own; what the hooks and the constructor apply too."""
+"""The training rules of SSN for a loop of one's own, without mmengine."""
 
 import math
 from collections.abc import Iterable
@@ -122,9 +122,7 @@ def ssn_parameter_groups(
         >>> [(len(group['params']), group['lr'], group['weight_decay']) for group in groups]
         [(4, 0.5, 0.0001), (2, 0.05, 0.0)]
     """
-    _check_numbers(
-        lr=lr, weight_decay=weight_decay or 0, lr_mult=lr_mult, decay_mult=decay_mult
-    )
+    _check_numbers(lr=lr, weight_decay=weight_decay or 0, lr_mult=lr_mult, decay_mult=decay_mult)
     if weight_decay is None and decay_mult:
         raise ValueError(f'decay_mult: got {decay_mult!r} without weight_decay, expected both or 0')
     control = control_parameters(model)

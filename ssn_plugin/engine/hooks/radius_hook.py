@@ -1,14 +1,12 @@
 """SSNRadiusHook: the radius schedule of a run."""
 
-import math
-
 from mmengine.hooks import Hook
 
 from ssn_plugin.checkpoint.traits import traits_of
 from ssn_plugin.engine.model_wrapper import unwrapped
-from ssn_plugin.functional import check_radius
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN
+from ssn_plugin.training import radius_at
 
 
 class SSNRadiusHook(Hook):
@@ -49,21 +47,11 @@ class SSNRadiusHook(Hook):
         start_radius: float = 0.0,
         end_radius: float = 1.0,
     ) -> None:
-        numbers = all(isinstance(value, int | float) for value in (begin, end))
-        if not numbers or not 0 <= begin < end <= 1:
-            raise ValueError(
-                f'begin, end: got {begin!r}, {end!r}, expected fractions of the run with '
-                '0 <= begin < end <= 1'
-            )
         self.begin = begin
         self.end = end
-        self.start_radius = check_radius(start_radius, 'start_radius')
-        self.end_radius = check_radius(end_radius, 'end_radius')
-        if math.inf in (self.start_radius, self.end_radius):
-            raise ValueError(
-                f'start_radius, end_radius: got {start_radius!r}, {end_radius!r}, expected finite '
-                'numbers'
-            )
+        self.start_radius = start_radius
+        self.end_radius = end_radius
+        self.radius_at(0, 2)  # raises for what is no schedule
 
     def radius_at(self, iteration: int, max_iters: int) -> float:
         """Radius during an iteration.
@@ -73,8 +61,7 @@ class SSNRadiusHook(Hook):
             max_iters: Iterations of the whole run.
         """
         progress = iteration / (max_iters - 1) if max_iters > 1 else 1.0
-        grown = min(max((progress - self.begin) / (self.end - self.begin), 0.0), 1.0)
-        return self.start_radius + (self.end_radius - self.start_radius) * grown
+        return radius_at(progress, self.begin, self.end, self.start_radius, self.end_radius)
 
     def before_train(self, runner) -> None:
         """Say so if there is nothing to schedule, or nothing that could be learned.
