@@ -13,11 +13,12 @@ from ssn_plugin.deploy.collapse import collapse_ssn
 from ssn_plugin.deploy.constant_ratios import hold_ratios
 from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
 from ssn_plugin.functional import sparsestmax, switchable_norm
+from ssn_plugin.layers.convert import convert_batch_norm, convert_sync_ssn, revert_sync_ssn
 from ssn_plugin.layers.radius import set_radius, undecided_layers
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
-from ssn_plugin.layers.sync_ssn import SyncSSN, convert_sync_ssn, revert_sync_ssn
+from ssn_plugin.layers.sync_ssn import SyncSSN
 from ssn_plugin.training import (
     clip_control_gradients,
     control_parameters,
@@ -41,6 +42,7 @@ __all__ = [
     'clip_control_gradients',
     'collapse_ssn',
     'control_parameters',
+    'convert_batch_norm',
     'convert_sync_ssn',
     'find_foldable',
     'fold_batch_norms',

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ssn_plugin.layers.convert import replace_layers
 from ssn_plugin.layers.plain_norms import (
     BatchNorm,
     InstanceNorm1d,
@@ -116,11 +117,7 @@ def replace_ssn(
             found = 'nothing' if layer is None else f'a {type(layer).__name__}'
             raise ValueError(f'choices: got {found} named {name!r} in the model, expected an SSN')
         made[layer] = _collapsed(layer, mean, var, native)
-    for parent in layers.values():
-        for name, child in parent._modules.items():
-            if child in made:
-                parent._modules[name] = made[child]
-    return made.get(model, model)
+    return replace_layers(model, made)
 
 
 def _collapsed(layer: SSN, mean: str, var: str, native: bool) -> nn.Module:

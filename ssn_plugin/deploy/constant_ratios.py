@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ssn_plugin.layers.convert import replace_layers
 from ssn_plugin.layers.switchable import SwitchableNorm
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm
 from ssn_plugin.ops.switchable_norm.statistics import Settings
@@ -74,14 +75,9 @@ def hold_ratios(model: nn.Module) -> nn.Module:
         >>> program.module()(torch.randn(1, 3, 20, 30)).shape
         torch.Size([1, 8, 18, 28])
     """
-    layers = dict(model.named_modules())
-    switchable = {n: layer for n, layer in layers.items() if isinstance(layer, SwitchableNorm)}
+    switchable = {n: m for n, m in model.named_modules() if isinstance(m, SwitchableNorm)}
     training = [name or 'the model itself' for name, layer in switchable.items() if layer.training]
     if training:
         raise ValueError(f'model: got training mode, expected model.eval(): {", ".join(training)}')
     made = {layer: ConstantRatioNorm(layer).eval() for layer in switchable.values()}
-    for parent in layers.values():
-        for name, child in parent._modules.items():
-            if child in made:
-                parent._modules[name] = made[child]
-    return made.get(model, model)
+    return replace_layers(model, made)

@@ -1,11 +1,8 @@
 """SyncSSN: SSN whose BN statistics are those of all processes."""
 
-from collections.abc import Callable
-
 import torch.distributed as dist
-from torch import nn
 
-from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
+from ssn_plugin.layers.ssn import SSN
 
 
 class _Handle:
@@ -116,68 +113,3 @@ class SyncSSN(SSN):
                 'one with it'
             )
         return group if size > 1 else None
-
-
-def convert_sync_ssn(
-    model: nn.Module, process_group: 'dist.ProcessGroup | None' = None
-) -> nn.Module:
-    """Turn every SSN of a model into a SyncSSN.
-
-    The layers stay the same objects, with their parameters, buffers, hooks and selections: what an
-    optimizer or another module holds of them stays valid. SSN1d, SSN2d and SSN3d, whose checks of
-    the number of dimensions are lost, become SyncSSN too; SN does not.
-
-    Args:
-        model: Any module; an SSN itself too.
-        process_group: The processes; None is all of them.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: If ``process_group`` is no process group.
-
-    Example:
-        >>> import torch
-        >>> from ssn_plugin import SSN, convert_sync_ssn, revert_sync_ssn
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8))
-        >>> type(convert_sync_ssn(model)[1]).__name__
-        'SyncSSN'
-        >>> type(revert_sync_ssn(model)[1]).__name__
-        'SSN'
-    """
-
-    def convert(layer: SSN) -> None:
-        layer.__class__ = SyncSSN
-        layer.process_group = process_group
-
-    return _each(model, (SSN, SSN1d, SSN2d, SSN3d), convert)
-
-
-def revert_sync_ssn(model: nn.Module) -> nn.Module:
-    """Turn every SyncSSN of a model into an SSN, in place as :func:`convert_sync_ssn` does.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        The model.
-
-    Example:
-        >>> from ssn_plugin import SyncSSN, revert_sync_ssn
-        >>> type(revert_sync_ssn(SyncSSN(8))).__name__
-        'SSN'
-    """
-
-    def revert(layer: SyncSSN) -> None:
-        del layer._handle
-        layer.__class__ = SSN
-
-    return _each(model, (SyncSSN,), revert)
-
-
-def _each(model: nn.Module, kinds: tuple[type, ...], change: Callable) -> nn.Module:
-    for module in model.modules():
-        if type(module) in kinds:
-            change(module)
-    return model

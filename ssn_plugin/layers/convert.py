@@ -1,0 +1,235 @@
+"""Turns layers of a model into others: BatchNorm into SSN, SSN into SyncSSN and back."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from ssn_plugin.functional import check_normalizers
+from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
+from ssn_plugin.layers.sync_ssn import SyncSSN
+
+BN_RATIO = 0.9
+CANDIDATES = ('IN', 'LN', 'BN')
+# What makes these classes of torch differ is the number of dimensions that they accept.
+_OF_RANK = {
+    nn.BatchNorm1d._check_input_dim: SSN1d,
+    nn.BatchNorm2d._check_input_dim: SSN2d,
+    nn.BatchNorm3d._check_input_dim: SSN3d,
+}
+
+
+def convert_batch_norm(
+    model: nn.Module,
+    bn_ratio: float = BN_RATIO,
+    normalizers: Sequence[str] = CANDIDATES,
+    num_groups: int = 32,
+) -> nn.Module:
+    r"""Replace every BatchNorm of a model by an SSN that starts as (nearly) that BatchNorm.
+
+    ``nn.BatchNorm1d``, ``2d`` and ``3d`` become ``SSN1d``, ``SSN2d`` and ``SSN3d``,
+    ``nn.SyncBatchNorm`` becomes ``SyncSSN``. Parameters and running statistics are the same tensors
+    as before, so an optimizer that holds them stays valid; dtype, device, ``requires_grad`` and the
+    training flags stay, and a layer that is used in several places stays one layer. A point of the
+    simplex is its own sparsemax, so the control parameters are the wanted importance ratios:
+
+    .. math::
+        z_{BN} = r, \qquad z_k = \frac{1 - r}{K - 1} \text{ for the others,}
+
+    for mean and variance alike, at radius zero. With r = 1 outputs in evaluation are those of the
+    BatchNorm network, bit for bit. With r = 0.9 they are nearly that, and the layer is free to
+    choose. A BatchNorm whose weight requires no gradient is frozen, would never choose, and becomes
+    an SSN that is decided for BN.
+
+    Hooks of the replaced layers are lost. A subclass with a forward pass of its own is left as it
+    is, with a warning that names it; but one that goes on with ``drop`` and ``act``, as timm's
+    BatchNormAct2d does, becomes a sequence of SSN and these two.
+
+    Args:
+        model: Any module; changed in place.
+        bn_ratio: Importance ratio r of BN, in [0, 1].
+        normalizers: Candidates of the new layers, BN among them.
+        num_groups: Groups of 'GN', if that is a candidate.
+
+    Returns:
+        The model; a new layer if the model itself is a BatchNorm.
+
+    Raises:
+        ValueError: If an argument is out of its range, a layer has no BatchNorm's shape yet (a lazy
+            one), or there is no BatchNorm to convert. Nothing was changed then.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import convert_batch_norm
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> convert_batch_norm(model)[1].mean_ratios
+        tensor([0.0500, 0.0500, 0.9000])
+    """
+    check_warm_start(bn_ratio, normalizers)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    foreign = [name for name, layer in layers.items() if not _is_plain(layer)]
+    if foreign:
+        kinds = ', '.join(sorted({type(layers[name]).__name__ for name in foreign}))
+        warnings.warn(
+            f'convert_batch_norm: left {len(foreign)} layers as they are, whose class has a '
+            f'forward pass of its own ({kinds}): {", ".join(foreign)}',
+            stacklevel=2,
+        )
+    made = {
+        layer: _as_ssn(name, layer, bn_ratio, normalizers, num_groups)
+        for name, layer in layers.items()
+        if name not in foreign
+    }
+    if not made:
+        raise ValueError('model: got no BatchNorm to convert, expected at least one')
+    return replace_layers(model, made)
+
+
+def check_warm_start(bn_ratio: float, normalizers: Sequence[str]) -> None:
+    """Raise ValueError if no SSN can start from a BatchNorm with these arguments."""
+    if not isinstance(bn_ratio, Real) or not 0 <= bn_ratio <= 1:
+        raise ValueError(f'bn_ratio: got {bn_ratio!r}, expected a number in [0, 1]')
+    if 'BN' not in check_normalizers(normalizers, 1, 1):
+        raise ValueError(f"normalizers: got {tuple(normalizers)!r}, expected 'BN' among them")
+
+
+def control_of_bn(
+    normalizers: Sequence[str], bn_ratio: float, decided: bool = False
+) -> dict[str, Tensor]:
+    """What an SSN that starts from a BatchNorm holds beside that layer's tensors.
+
+    Args:
+        normalizers: Candidates of the SSN.
+        bn_ratio: Importance ratio of BN; the others share the rest.
+        decided: Whether the layer has decided for BN, whatever the ratio.
+    """
+    bn_ratio = 1 if decided else bn_ratio
+    others = (1 - bn_ratio) / (len(normalizers) - 1)
+    ratios = torch.tensor([float(bn_ratio if name == 'BN' else others) for name in normalizers])
+    return control_of(ratios, ratios, decided)
+
+
+def control_of(mean: Tensor, var: Tensor, decided: bool = False) -> dict[str, Tensor]:
+    """The entries of an SSN's state dict for these importance ratios, at radius zero."""
+    return {
+        'mean_weight': mean.clone(),
+        'var_weight': var.clone(),
+        'mean_fixed': torch.tensor(int(decided)),
+        'var_fixed': torch.tensor(int(decided)),
+        'radius': torch.tensor(0.0),
+    }
+
+
+def _is_plain(layer: _BatchNorm) -> bool:
+    own_forward = type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return not own_forward or {'drop', 'act'} <= layer._modules.keys()
+
+
+def _as_ssn(
+    name: str, layer: _BatchNorm, bn_ratio: float, normalizers: Sequence[str], num_groups: int
+) -> nn.Module:
+    if isinstance(layer, LazyModuleMixin):
+        raise ValueError(f'model: got the lazy {name}, expected one run to have given it its shape')
+    synced = isinstance(layer, nn.SyncBatchNorm)
+    kind = SyncSSN if synced else _OF_RANK.get(type(layer)._check_input_dim, SSN)
+    made = kind(
+        layer.num_features,
+        layer.eps,
+        layer.momentum,
+        layer.weight is not None,
+        layer.running_mean is not None,
+        normalizers,
+        num_groups,
+    )
+    if synced:
+        made.process_group = layer.process_group
+    frozen = layer.weight is not None and not layer.weight.requires_grad
+    made.load_state_dict(control_of_bn(normalizers, bn_ratio, frozen), strict=False)
+    for tensor in (layer.weight, layer.running_mean):
+        if tensor is not None:
+            made.to(tensor.device, tensor.dtype)
+    for key in ('mean_weight', 'var_weight'):
+        getattr(made, key).requires_grad_(not frozen)
+    for key, value in (*layer._parameters.items(), *layer._buffers.items()):
+        if value is not None:
+            setattr(made, key, value)
+    made.train(layer.training)
+    return nn.Sequential(made, layer.drop, layer.act) if 'act' in layer._modules else made
+
+
+def replace_layers(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put new layers in the places of old ones, wherever a module holds them.
+
+    Args:
+        model: Any module; changed in place.
+        made: Old layer -> new layer.
+
+    Returns:
+        The model; a new layer if the model itself is replaced.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in made:
+                parent._modules[name] = made[child]
+    return made.get(model, model)
+
+
+def convert_sync_ssn(
+    model: nn.Module, process_group: 'dist.ProcessGroup | None' = None
+) -> nn.Module:
+    """Turn every SSN of a model into a SyncSSN.
+
+    The layers stay the same objects, with their parameters, buffers, hooks and selections: what an
+    optimizer or another module holds of them stays valid. SSN1d, SSN2d and SSN3d, whose checks of
+    the number of dimensions are lost, become SyncSSN too; SN does not.
+
+    Args:
+        model: Any module; an SSN itself too.
+        process_group: The processes; None is all of them.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If ``process_group`` is no process group.
+
+    Example:
+        >>> import torch
+        >>> from ssn_plugin import SSN, convert_sync_ssn, revert_sync_ssn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8))
+        >>> type(convert_sync_ssn(model)[1]).__name__
+        'SyncSSN'
+        >>> type(revert_sync_ssn(model)[1]).__name__
+        'SSN'
+    """
+    for layer in model.modules():
+        if type(layer) in (SSN, SSN1d, SSN2d, SSN3d):
+            layer.__class__ = SyncSSN
+            layer.process_group = process_group
+    return model
+
+
+def revert_sync_ssn(model: nn.Module) -> nn.Module:
+    """Turn every SyncSSN of a model into an SSN, in place as :func:`convert_sync_ssn` does.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> from ssn_plugin import SyncSSN, revert_sync_ssn
+        >>> type(revert_sync_ssn(SyncSSN(8))).__name__
+        'SSN'
+    """
+    for layer in model.modules():
+        if type(layer) is SyncSSN:
+            del layer._handle
+            layer.__class__ = SSN
+    return model

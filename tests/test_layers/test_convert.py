@@ -1,0 +1,192 @@
+"""BatchNorm in memory becomes SSN: the same network, with everything that belongs to its layers."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from ssn_plugin import SSN, SSN1d, SSN2d, SSN3d, SyncSSN, convert_batch_norm, set_radius
+from ssn_plugin.layers.plain_norms import BatchNorm
+
+
+def trained(layer):
+    """Statistics and affine parameters of a layer that has seen something."""
+    with torch.no_grad():
+        for name, low, high in (
+            ('weight', 0.5, 1.5), ('bias', -1, 1), ('running_mean', -1, 1), ('running_var', 0.3, 2)
+        ):  # fmt: skip
+            value = getattr(layer, name)
+            if value is not None:
+                value.uniform_(low, high)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(7)
+    return layer
+
+
+class Block(nn.Module):
+    """Convolutions that share one norm, nested, with a shortcut."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = trained(nn.BatchNorm2d(channels))
+        self.also = nn.ModuleDict({'the same': self.norm})
+        self.last = nn.Sequential(nn.Conv2d(channels, channels, 1), trained(BatchNorm(channels)))
+
+    def forward(self, x):
+        return x + self.last(self.norm(self.conv2(self.norm(self.conv1(x)).relu())))
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        trained(nn.BatchNorm2d(8, eps=1e-3, momentum=0.03)),
+        nn.ReLU(),
+        Block(8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        trained(nn.BatchNorm1d(8)),
+        nn.Linear(8, 5),
+    )
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('grad', [False, True])
+def test_at_ratio_one_every_output_is_the_same_bit_for_bit(dtype, grad):
+    model = network().to(dtype).eval()
+    x = torch.randn(4, 3, 20, 24, dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        expected = model(x)
+        found = convert_batch_norm(copy.deepcopy(model), 1)(x)
+        assert torch.equal(found, expected)
+        nearly = convert_batch_norm(model, 0.9)(x)
+    assert 0 < (nearly - expected).abs().max() < 0.5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ('made_by', 'kind'),
+    [
+        (nn.BatchNorm1d, SSN1d),
+        (nn.BatchNorm2d, SSN2d),
+        (nn.BatchNorm3d, SSN3d),
+        (nn.SyncBatchNorm, SyncSSN),
+        (BatchNorm, SSN),
+        (type('Renamed', (nn.BatchNorm2d,), {}), SSN2d),
+    ],
+)
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('tracked', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_everything_of_a_layer_stays(made_by, kind, affine, tracked, dtype):
+    layer = made_by(8, 1e-3, None, affine, tracked).to(dtype).eval()
+    trained(layer)
+    made = convert_batch_norm(layer, 0.7)
+    assert type(made) is kind
+    assert (made.num_features, made.eps, made.momentum) == (8, 1e-3, None)
+    assert (made.affine, made.track_running_stats, made.training) == (affine, tracked, False)
+    for key in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'):
+        assert getattr(made, key) is getattr(layer, key)
+    if affine or tracked:
+        assert made.mean_weight.dtype == dtype
+    assert made.mean_weight.requires_grad
+    assert made.mean_ratios.tolist() == pytest.approx([0.15, 0.15, 0.7], abs=5e-3)
+    assert (int(made.mean_fixed), int(made.var_fixed), float(made.radius)) == (0, 0, 0)
+    buffer = io.BytesIO()
+    torch.save(made.state_dict(), buffer)  # nothing in it that a file cannot hold
+
+
+def test_root_nested_and_shared():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    held = {id(p) for group in optimizer.param_groups for p in group['params']}
+    model.train()
+    model[1].eval()  # as norm_eval has it
+    converted = convert_batch_norm(model)
+    assert converted is model
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    block = model[3]
+    assert block.norm is block.also['the same']
+    assert (model[1].training, block.norm.training) == (False, True)
+    assert (model[1].eps, model[1].momentum) == (1e-3, 0.03)
+    new = {n for n, p in model.named_parameters() if id(p) not in held}
+    assert new == {n for n, _ in model.named_parameters() if n.endswith('_weight')}
+    model(torch.randn(4, 3, 20, 24)).sum().backward()
+    assert block.norm.mean_weight.grad.abs().max() > 0
+    set_radius(model, 1.0)
+    assert block.norm.selected == ('BN', 'BN')
+
+
+def test_a_frozen_layer_is_exact_and_decided():
+    model = network().eval()
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(False)
+    alone, x = copy.deepcopy(model[1]), torch.randn(2, 8, 9, 9)
+    convert_batch_norm(model, 0.9)
+    assert torch.equal(model[1](x), alone(x))
+    assert (int(model[1].mean_fixed), int(model[1].var_fixed)) == (1, 1)
+    assert not any(parameter.requires_grad for parameter in model[1].parameters())
+    assert int(model[3].norm.mean_fixed) == 0
+    set_radius(model, 0.3)
+    assert model[1].selected == ('BN', 'BN')
+
+
+@pytest.mark.parametrize('normalizers', [('BN', 'IN'), ('GN', 'BN', 'IN', 'LN')])
+def test_other_candidates(normalizers):
+    layer = convert_batch_norm(trained(nn.BatchNorm2d(8)), 0.6, normalizers, num_groups=2)
+    rest = 0.4 / (len(normalizers) - 1)
+    expected = [0.6 if name == 'BN' else rest for name in normalizers]
+    assert layer.normalizers == normalizers
+    assert layer.var_ratios.tolist() == pytest.approx(expected)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: the norm, then drop and act, in one forward pass."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class InHalf(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x / 2)
+
+
+def test_layers_with_a_forward_pass_of_their_own():
+    model = nn.Sequential(trained(WithActivation(8)), trained(InHalf(8)), nn.BatchNorm2d(8)).eval()
+    x = torch.randn(2, 8, 5, 5)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r'left 1 layers as they are.*\(InHalf\): 1$'):
+        convert_batch_norm(model, 1)
+    assert [type(m) for m in model] == [nn.Sequential, InHalf, SSN2d]
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ('model', 'arguments', 'said'),
+    [
+        (nn.BatchNorm2d(8), dict(bn_ratio=1.5), 'bn_ratio: got 1.5'),
+        (nn.BatchNorm2d(8), dict(normalizers=('IN', 'LN')), "expected 'BN' among them"),
+        (nn.BatchNorm2d(6), dict(normalizers=('GN', 'BN'), num_groups=4), 'num_groups: got 4'),
+        (nn.Conv2d(1, 1, 1), {}, 'got no BatchNorm'),
+        (nn.Sequential(nn.BatchNorm2d(8), nn.LazyBatchNorm2d()), {}, 'the lazy 1'),
+    ],
+)
+def test_what_cannot_be_converted_is_said_and_nothing_changed(model, arguments, said):
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=said):
+        convert_batch_norm(model, **arguments)
+    assert list(model.modules()) == before
+
+
+def test_a_second_time_there_is_nothing_left():
+    model = convert_batch_norm(network())
+    with pytest.raises(ValueError, match='no BatchNorm'):
+        convert_batch_norm(model)
