@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # where `python -m studies...` finds them
 
 from studies import ledger, tables  # noqa: E402
+from studies.defaults import analyze as defaults  # noqa: E402
+from studies.defaults import recipe as defaults_recipe  # noqa: E402
+from studies.defaults import run as defaults_run  # noqa: E402
 from studies.remedies import analyze as remedies  # noqa: E402
 from studies.remedies import recipe as remedies_recipe  # noqa: E402
 from studies.remedies import run as remedies_run  # noqa: E402
@@ -228,6 +231,10 @@ PAGES = {
     'selection': (selection.report, ['small_batches/selections.csv']),
     'transfer': (transfer.report, ['transfer/results.csv']),
     'remedies': (remedies.report, ['remedies/results.csv', 'transfer/results.csv']),
+    'defaults': (
+        defaults.report,
+        ['defaults/results.csv', 'small_batches/results.csv', 'transfer/results.csv'],
+    ),
 }
 
 
@@ -707,3 +714,141 @@ def test_a_missing_backbone_is_one_line_before_any_run(tmp_path, tiny_scenes, tr
     assert 'cpu_SSN_batch2_seed0' in done.stderr
     assert 'Traceback' not in done.stderr
     assert not (tmp_path / 'w').exists()
+
+
+# ---------------------------------------------------------------- defaults
+
+
+def rows_of(runs, scores) -> list[dict[str, str]]:
+    """A row per run, as a file has it."""
+    rows = []
+    for run, score in zip(runs, scores, strict=True):
+        columns = dict.fromkeys(('top1', 'miou', 'box_ap50', 'part'), '')
+        columns[defaults_recipe.SCORES[run['task']]] = score
+        row = {**run, **columns, 'train_loss': 1.0}
+        rows.append({name: str(value) for name, value in row.items()})
+    return rows
+
+
+def screening(best: str) -> list[dict[str, str]]:
+    runs = defaults_recipe.plan('cpu', [])
+    return rows_of(runs, [30 + (run['rule'] == best) for run in runs])
+
+
+def test_plan_of_defaults_confirms_what_the_screening_found():
+    screened = defaults_recipe.plan('cpu', [])
+    assert {run['seed'] for run in screened} == {10}
+    assert {run['rule'] for run in screened} == set(defaults_recipe.RULES)
+    best = defaults_recipe.RULES[1]
+    rows = screening(best)
+    assert defaults_recipe.plan('cpu', rows[:-1]) == screened
+    runs = defaults_recipe.plan('cpu', rows)
+    assert len({ledger.name_of(run) for run in runs}) == len(runs)
+    assert runs[: len(screened)] == screened
+    recipe_rate = [run for run in runs if run['lr_factor'] == 1]
+    own = [run for run in recipe_rate if run['rule'] == best and run['seed'] != 10]
+    assert {(run['task'], run['batch'], run['seed']) for run in own} == {
+        (task, batch, seed)
+        for task, batches in defaults_recipe.BATCHES.items()
+        for batch in batches
+        for seed in (0, 1, 2)
+    }
+    # Each fine-tuning comes behind the pre-training that it starts from.
+    for place, run in enumerate(runs):
+        if run['task'] != 'cls':
+            assert defaults_recipe.pretraining_of(run) in runs[:place]
+
+
+def test_a_norm_gets_other_seeds_at_its_best_learning_rate():
+    best = defaults_recipe.RULES[0]
+    rows = screening(best)
+    tried = [
+        defaults_recipe.run_of('cpu', 'GN', ('seg', 1), 10, lr_factor=factor)
+        for factor in defaults_recipe.LR_FACTORS
+    ]
+    wanted = [{**tried[2], 'seed': seed} for seed in (0, 1, 2)]
+    before = defaults_recipe.plan('cpu', [*rows, *rows_of(tried[:2], [30, 20])])
+    assert not any(run in before for run in wanted)
+    after = defaults_recipe.plan('cpu', [*rows, *rows_of(tried, [30, 20, 31])])
+    assert [run for run in after if run in wanted] == wanted
+    assert ('seg', 'BN', 1) not in {(run['task'], run['rule'], run['batch']) for run in after}
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'in_backbone', 'stored'),
+    [
+        ('stored', ('LN', 'GN', 'BN'), True),
+        ('live', ('LN', 'GN', 'BN'), False),
+        ('released', ('IN', 'LN', 'BN'), True),
+    ],
+)
+def test_a_rule_reaches_every_layer(backbone, in_backbone, stored, tmp_path):
+    pytest.importorskip('mmseg')
+    from mmengine.registry import MODELS, init_default_scope
+
+    from ssn_plugin import SSN
+
+    run = defaults_recipe.run_of('cpu', 'LN-GN-BN@0.3', ('seg', 2), 0, backbone, lr_factor=0.5)
+    config = defaults_recipe.config_of(run, tmp_path, 'r18.pth', tmp_path / 'work')
+    init_default_scope('mmseg')
+    model = MODELS.build(config.model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SSN)}
+    for name, layer in layers.items():
+        expected = in_backbone if name.startswith('backbone.') else ('LN', 'GN', 'BN')
+        assert layer.normalizers == expected, name
+    assert len(layers) > 20
+    assert model.backbone.norm_eval == stored
+    (hook,) = (h for h in config.custom_hooks if h['type'] == 'SSNRadiusHook')
+    assert (hook['end'], hook['end_radius']) == (0.3, 1)
+    assert config.optim_wrapper.optimizer.lr == pytest.approx(0.01 * 2 / 4 * 0.5)
+
+
+def test_a_fine_tuning_of_defaults(tmp_path, tiny_scenes):
+    pytest.importorskip('mmseg')
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope('mmseg')
+    run = defaults_recipe.run_of('cpu', 'LN-GN-BN@0.3', ('seg', 4), 0)
+    norm_cfg = dict(type='SSN', normalizers=('LN', 'GN', 'BN'), num_groups=8)
+    widths = dict(base_channels=16, stem_channels=16)
+    trained = MODELS.build(dict(type='SSNResNet', depth=18, norm_cfg=norm_cfg, **widths))
+    folder = tmp_path / 'work' / ledger.name_of(defaults_recipe.pretraining_of(run))
+    folder.mkdir(parents=True)
+    state = {f'backbone.{key}': value for key, value in trained.state_dict().items()}
+    torch.save({'state_dict': state}, folder / 'epoch_8.pth')
+    row = defaults_run.run_one(
+        run, tiny_scenes, tmp_path / 'work' / 'run', ledger.Budget(10), 'cpu'
+    )
+    assert (row['iterations'], row['undecided'], row['part']) == (2, 0, 'confirmation')
+    assert row['backbone'] == 'stored'
+    assert row['weights'].startswith('cpu_cls_LN-GN-BN@0.3_none_batch32_seed0')
+    shares = {name: float(row[f'mean_{name}']) for name in defaults_recipe.CANDIDATES}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert shares['IN'] == 0
+
+
+def test_tables_of_defaults():
+    best = defaults_recipe.RULES[0]
+    seeds = [defaults_recipe.run_of('cpu', best, ('seg', 1), seed) for seed in (0, 1)]
+    rows = [*screening(best), *rows_of(seeds, [40, 42])]
+    theirs = [('GN', 0, 50), ('GN', 1, 49), ('SN', 0, 41), ('SN', 1, 30), ('SSN', 0, 9)]
+    transferred = [
+        dict(size='cpu', data='demo', task='seg', norm=norm, batch='1', seed=str(seed), miou=miou)
+        for norm, seed, miou in theirs
+    ]
+    transferred.append({**transferred[0], 'data': 'cityscapes', 'miou': 1})
+    others = list(defaults.published([], transferred))
+    found = defaults.Confirmed(rows, others)
+    assert found.values(best, 'seg', 1) == [40, 42]  # not the screening's
+    assert found.values('GN', 'seg', 1) == [50, 49]
+    judged = cells(defaults.verdict_table(found, best))
+    assert judged['seg, 1 image'] == [
+        'not comparable',
+        'lower',
+        'no difference seen',
+        'one seed',
+        'missed',
+    ]
+    assert judged['cls, 32 images'][-1] == 'open'
+    shown = cells(defaults.screening_table('cpu', rows))
+    assert shown[best] == ['31.0', '31.0', '31.0', '31.0', '-']

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ssn_plugin.checkpoint.files import CheckpointError
 from ssn_plugin.checkpoint.publish import publish_backbone
+from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.preflight import check_data
 from studies.defaults.recipe import CANDIDATES, SCREENING, config_of, plan, pretraining_of
 from studies.ledger import (
