@@ -12,8 +12,8 @@ from PIL import Image
 
 from demo_data import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
 from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.demo import TASKS, run_demo
-from ssn_plugin.jobs.preflight import load_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -196,7 +196,7 @@ def test_killed_while_a_checkpoint_is_written(processes, tmp_path):
         with running(processes, settings) as (process, connection):
             told = (iteration for iteration, _ in messages(connection))
             next(told), next(told), next(told)  # at least one checkpoint is there
-            while not (begun := list(tmp_path.glob('run/*.pth.incomplete'))):
+            while not (begun := list(tmp_path.glob('run/*.pth.*.incomplete'))):
                 assert process.exitcode is None
                 time.sleep(0.0005)
             process.kill()

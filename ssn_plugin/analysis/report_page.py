@@ -9,19 +9,8 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ssn_plugin.analysis.config_summary import Section
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
-
-
-class Section(NamedTuple):
-    """Facts under a heading.
-
-    Attributes:
-        heading: What they are about.
-        facts: Names and values.
-    """
-
-    heading: str
-    facts: Sequence[tuple[str, str]]
 
 
 class Picture(NamedTuple):

@@ -252,9 +252,7 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool 
     check_writable(path, overwrite)
     try:
         with whole_file(path) as temporary, open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+            torch.save(checkpoint, file)  # given a name, it would write that into the file
     except (OSError, RuntimeError, pickle.PicklingError) as error:
         # The zip writer raises a RuntimeError of its own over what the disk said.
         cause = error

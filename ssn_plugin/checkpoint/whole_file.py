@@ -1,21 +1,32 @@
-"""Files that are written whole or not at all."""
+"""The one way to write a file: it is there whole or not at all."""
 
 import contextlib
+import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+INCOMPLETE = '.incomplete'  # the end of the name of a file that is still being written
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary name beside a file, renamed to it once the block has ended without an error.
+    """Give a temporary name beside a file; once it is written and on the disk, rename it.
+
+    Whoever reads ``path`` meanwhile, or after a kill, a full disk or a power failure, finds the
+    file that was there before. A killed process leaves its temporary file behind.
 
     Args:
         path: File to write; its folder exists.
 
     Yields:
-        The temporary name, which ends in .tmp.
+        The temporary name, ``path`` with a random part and ``.incomplete`` after it. The block
+        writes the file of that name and closes it.
+
+    Raises:
+        OSError: With the name of ``path``, if the file cannot be written or the disk does not
+            confirm it; then nothing incomplete is left behind.
 
     Example:
         >>> import tempfile
@@ -28,17 +39,33 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    os.close(handle)
-    temporary = Path(name)
+    # A random part, because two processes may write the same file.
+    temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}{INCOMPLETE}')
     try:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        # A temporary file is private; this one is to have the permissions of any new file.
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with open(temporary, 'r+b') as file:  # Windows syncs only what is open for writing
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             temporary.unlink()
+        # A full disk names no file, and nobody knows the temporary one.
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name to the disk, where the system lets a program ask for that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folder; others may be closed to this user
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot do it; a broken disk says EIO
+        if error.errno == errno.EIO:
+            raise
+    finally:
+        os.close(handle)

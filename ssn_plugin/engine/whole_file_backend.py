@@ -3,58 +3,14 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmengine.fileio.backends import LocalBackend
 
-INCOMPLETE = '.incomplete'  # at the end of the name of a file that is being written
-
-
-def replace_file(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file beside its place, wait for the disk, and put it there.
-
-    Whoever reads ``path`` meanwhile, or after a kill, a full disk or a power failure, finds the
-    file that was there before. A killed process may leave ``path`` with ``.incomplete`` after it
-    behind, which the next attempt overwrites.
-
-    Args:
-        path: The file.
-        content: What it is to hold.
-
-    Raises:
-        OSError: If it cannot be written or the disk does not confirm it; then nothing incomplete is
-            left behind.
-
-    Example:
-        >>> import tempfile
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> replace_file(f'{folder.name}/note', b'whole')
-        >>> os.listdir(folder.name)
-        ['note']
-    """
-    path = Path(path)
-    temporary = path.with_name(f'{path.name}{INCOMPLETE}')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):  # a full disk names none
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+from ssn_plugin.checkpoint.whole_file import whole_file
 
 
 class WholeFileBackend(LocalBackend):
-    """mmengine's backend for local files, with :func:`replace_file` for writing."""
+    """mmengine's backend for local files, which writes them whole."""
 
     _later: list | None = None
 
@@ -66,7 +22,8 @@ class WholeFileBackend(LocalBackend):
             filepath: The file; its folder is made where it is missing.
         """
         os.makedirs(os.path.dirname(filepath) or '.', exist_ok=True)
-        replace_file(filepath, obj)
+        with whole_file(filepath) as temporary:
+            temporary.write_bytes(obj)
 
     def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8') -> None:
         """Write text.

@@ -8,8 +8,8 @@ import os
 
 from mmengine.config import Config
 
+from ssn_plugin.analysis.config_entries import data_folders, datasets_of
 from ssn_plugin.errors import InputError
-from ssn_plugin.jobs.preflight import data_folders, datasets_of
 
 
 def check_class_folders(config: Config, splits: tuple[str, ...]) -> None:

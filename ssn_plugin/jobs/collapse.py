@@ -22,8 +22,8 @@ from ssn_plugin.deploy.collapse import choices_of, replace_ssn
 from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
 from ssn_plugin.errors import CheckpointError, InputError, in_one_line
 from ssn_plugin.jobs.complexity import Complexity, complexity_of
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.output_comparison import Comparison, compare_outputs
-from ssn_plugin.jobs.preflight import load_config
 from ssn_plugin.jobs.sample_images import sample_batches, sample_images
 from ssn_plugin.jobs.trained_model import build_model, load_strictly
 from ssn_plugin.layers.ssn import SSN

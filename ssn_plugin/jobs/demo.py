@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ssn_plugin.analysis.importance_ratios import importance_ratios
 from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.framework_script import allow_runner_checkpoints, host_script
-from ssn_plugin.jobs.preflight import check_work_dir, load_config
+from ssn_plugin.jobs.preflight import check_work_dir
 from ssn_plugin.layers.radius import undecided_layers
 
 DATA_ROOT = Path('data/demo')

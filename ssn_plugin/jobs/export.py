@@ -25,7 +25,7 @@ from ssn_plugin.deploy.onnx_file import (
     write_onnx,
 )
 from ssn_plugin.errors import CheckpointError, InputError, in_one_line
-from ssn_plugin.jobs.preflight import load_config
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.sample_images import sample_batches, sample_images
 from ssn_plugin.jobs.trained_model import build_model, load_strictly, model_settings
 from ssn_plugin.layers.switchable import SwitchableNorm

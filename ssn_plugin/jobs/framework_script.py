@@ -12,12 +12,12 @@ from mmengine.device import get_device
 
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.class_folders import check_class_folders
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.preflight import (
     check_checkpoint,
     check_checkpoints,
     check_data,
     check_work_dir,
-    load_config,
 )
 from ssn_plugin.jobs.processes import join_processes, leave_processes
 

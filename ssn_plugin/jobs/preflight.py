@@ -1,12 +1,18 @@
 """Checks what a config needs from the disk before a run starts: one clear line, not a trace."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config
 
-from ssn_plugin.errors import CheckpointError, InputError, in_one_line
+from ssn_plugin.analysis.config_entries import (
+    as_list,
+    data_folders,
+    datasets_of,
+    pretrained_in,
+    type_name,
+)
+from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.models.pretrained import load_checkpoint
 
 _HOW_TO_GET = {
@@ -29,28 +35,6 @@ _DEMO_DATA = 'data/demo/'
 _DEMO_FOLDER = 'data/imagefolder'
 
 
-def load_config(path: str, options: dict | None = None) -> Config:
-    """Read a config file and merge the command line's options into it.
-
-    Args:
-        path: The file.
-        options: Dotted keys and values.
-
-    Raises:
-        InputError: If the file is missing or cannot be read as a config.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f'config: no such file: {path}')
-    try:
-        config = Config.fromfile(path)
-        if options:
-            config.merge_from_dict(options)
-    except Exception as error:
-        # mmengine raises whatever a config's own code or a bad option raises.
-        raise InputError(f'config: cannot read {path}: {in_one_line(error)}') from error
-    return config
-
-
 def check_data(config: Config, split: str) -> None:
     """Look for the files and folders of a data loader and of its evaluator.
 
@@ -64,8 +48,7 @@ def check_data(config: Config, split: str) -> None:
     if not config.get(f'{split}_dataloader'):
         return
     check_datasets(config, split, 'point {key}.data_root elsewhere with --cfg-options')
-    evaluators = config.get(f'{split}_evaluator') or []
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+    for evaluator in as_list(config.get(f'{split}_evaluator')):
         path = evaluator.get('ann_file')
         if isinstance(path, str) and not os.path.exists(path):
             raise InputError(
@@ -94,49 +77,12 @@ def check_datasets(config: Config, split: str, remedy: str) -> None:
             if not os.path.exists(path):
                 raise InputError(
                     f'{key}: no such file or folder: {path} (data_root={root!r}, looked for from '
-                    f'{os.getcwd()}); {_advice(dataset.get("type"), path)}, or '
+                    f'{os.getcwd()}); {_advice(dataset, path)}, or '
                     f'{remedy.format(key=key)}'
                 )
 
 
-def datasets_of(config: Config, split: str) -> Iterator[tuple[str, dict]]:
-    """The data sets of a loader, out of their wrappers, with their places in the config.
-
-    Args:
-        config: The whole config.
-        split: 'train', 'val' or 'test'.
-    """
-    loader = config.get(f'{split}_dataloader')
-    if loader:
-        yield from _datasets(loader.dataset, f'{split}_dataloader.dataset')
-
-
-def data_folders(dataset: dict) -> list[str]:
-    """The folders a data set reads, by its ``data_root``, ``data_prefix`` and ``split``.
-
-    Args:
-        dataset: Its config.
-    """
-    prefix = dataset.get('data_prefix') or {}
-    if not prefix and str(dataset.get('type')).rsplit('.', 1)[-1] == 'ImageNet':
-        prefix = dataset.get('split') or {}
-    names = [prefix] if isinstance(prefix, str) else prefix.values()
-    root = str(dataset.get('data_root') or '')
-    return [os.path.join(root, name) for name in names if isinstance(name, str) and name]
-
-
-def _datasets(dataset: dict, key: str) -> Iterator[tuple[str, dict]]:
-    """The leaves of wrapped and concatenated data sets, with their places in the config."""
-    if 'dataset' in dataset:
-        yield from _datasets(dataset['dataset'], f'{key}.dataset')
-    elif 'datasets' in dataset:
-        for index, part in enumerate(dataset['datasets']):
-            yield from _datasets(part, f'{key}.datasets.{index}')
-    else:
-        yield key, dataset
-
-
-def _advice(dataset_type: object, path: str) -> str:
+def _advice(dataset: dict, path: str) -> str:
     if path.startswith(_DEMO_DATA):
         return f'make it with `python tools/make_demo_dataset.py {_DEMO_DATA.rstrip("/")}`'
     if path.startswith(_DEMO_FOLDER):
@@ -144,7 +90,7 @@ def _advice(dataset_type: object, path: str) -> str:
             'name your folder of class folders by the variable SSN_IMAGEFOLDER, or make one with '
             f'`python tools/make_demo_image_folder.py {_DEMO_FOLDER}`'
         )
-    return _HOW_TO_GET.get(str(dataset_type).rsplit('.', 1)[-1], 'put it there')
+    return _HOW_TO_GET.get(type_name(dataset), 'put it there')
 
 
 def check_checkpoints(config: Config) -> None:
@@ -188,28 +134,6 @@ def check_checkpoint(name: str, path: str, advice: str = '') -> None:
         load_checkpoint(path)
     except CheckpointError as error:
         raise InputError(f'{name}: {error}{advice}') from error
-
-
-def pretrained_in(node: object, key: str) -> Iterator[tuple[str, str, str]]:
-    """The weights that a config names, by ``init_cfg``, which may be a list, or ``pretrained``.
-
-    Args:
-        node: A piece of the config.
-        key: Its place.
-
-    Yields:
-        Place of the file's name, place of what to set to None to do without, and the name.
-    """
-    if isinstance(node, dict):
-        if isinstance(node.get('pretrained'), str):
-            yield f'{key}.pretrained', f'{key}.pretrained', node['pretrained']
-        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
-            yield f'{key}.checkpoint', key, node['checkpoint']
-        for name, child in node.items():
-            yield from pretrained_in(child, f'{key}.{name}')
-    elif isinstance(node, list | tuple):
-        for index, child in enumerate(node):
-            yield from pretrained_in(child, f'{key}.{index}')
 
 
 def check_work_dir(path: str) -> None:

@@ -9,8 +9,9 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 
+from ssn_plugin.analysis.config_entries import datasets_of
 from ssn_plugin.errors import InputError, in_one_line
-from ssn_plugin.jobs.preflight import check_datasets, datasets_of
+from ssn_plugin.jobs.preflight import check_datasets
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 

@@ -12,7 +12,7 @@ from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
 from ssn_plugin.checkpoint.layout import shown
 from ssn_plugin.checkpoint.traits import told_candidates
 from ssn_plugin.errors import CheckpointError, InputError
-from ssn_plugin.jobs.preflight import load_config
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.trained_model import build_model
 from ssn_plugin.models.pretrained import load_checkpoint
 

@@ -18,7 +18,8 @@ from ssn_plugin.analysis.comparison import common_name
 from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
 from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.class_folders import check_class_folders
-from ssn_plugin.jobs.preflight import check_data, load_config
+from ssn_plugin.jobs.configs import load_config
+from ssn_plugin.jobs.preflight import check_data
 from studies.ledger import (
     Budget,
     Row,

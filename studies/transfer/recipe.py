@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from ssn_plugin.jobs.preflight import load_config
+from ssn_plugin.jobs.configs import load_config
 from studies.ledger import Row
 from studies.rules import set_rules
 

@@ -7,7 +7,7 @@ from mmengine.registry import init_default_scope
 
 from ssn_plugin.analysis.importance_ratios import importance_ratios
 from ssn_plugin.analysis.places import place_of
-from ssn_plugin.jobs.preflight import load_config
+from ssn_plugin.jobs.configs import load_config
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,10 @@ import csv
 import io
 import json
 
-import pytest
 from rich.console import Console
 
 from ssn_plugin.analysis.importance_ratios import LayerRatios
 from ssn_plugin.analysis.tables import records, selection_table, write_csv, write_json
-from ssn_plugin.checkpoint.whole_file import whole_file
 
 ROWS = [
     LayerRatios('sn1', ('IN', 'LN', 'BN'), (0.2, 0.5, 0.3), (0, 0, 1.0), 0.5, False, True, 64),
@@ -60,17 +58,3 @@ def test_table_shows_what_is_decided_and_ratios_of_the_rest():
     assert 'variance' in first
     assert second.split()[1:] == ['2', '│', '8', '│', 'layer1', '│', '0.sn1', '│', 'IN', '│', 'GN',
                                   '│', '│']  # fmt: skip
-
-
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / 'x.csv'
-    path.write_text('old')
-
-    def fail(temporary):
-        temporary.write_text('half')
-        raise RuntimeError('stop')
-
-    with pytest.raises(RuntimeError, match='stop'), whole_file(path) as temporary:
-        fail(temporary)
-    assert path.read_text() == 'old'
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,8 +1,5 @@
 """SSNCheckpointHook does what mmengine's does; tests/test_interruption.py has what it adds."""
 
-import errno
-import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,6 @@ from mmengine.fileio import get_file_backend
 from mmengine.registry import METRICS
 
 from ssn_plugin.engine.hooks.checkpoint_hook import SSNCheckpointHook
-from ssn_plugin.engine.whole_file_backend import replace_file
 from ssn_plugin.errors import CheckpointError
 
 
@@ -112,11 +108,12 @@ def test_a_backend_of_the_users_stays(settings):
 def test_what_a_killed_run_left_half_written_is_cleared_away(make_runner):
     hook = dict(type='SSNCheckpointHook', by_epoch=False, interval=6)
     runner = make_runner(default_hooks=dict(checkpoint=hook))
-    Path(runner.work_dir, 'iter_3.pth.incomplete').write_bytes(b'half')
+    for name in ('iter_3.pth', 'last_checkpoint'):
+        Path(runner.work_dir, f'{name}.0a1b2c3d.incomplete').write_bytes(b'half')
     Path(runner.work_dir, 'mine.incomplete').write_bytes(b'of somebody else')
     runner.train()
-    assert not list(Path(runner.work_dir).glob('*.pth.incomplete'))
-    assert Path(runner.work_dir, 'mine.incomplete').exists()
+    left = [path.name for path in Path(runner.work_dir).glob('*.incomplete')]
+    assert left == ['mine.incomplete']
 
 
 def test_the_one_to_be_removed_is_removed_by_a_resumed_run(make_runner):
@@ -141,51 +138,6 @@ def test_read_only_folder_is_one_line(make_runner, monkeypatch):
     expected = r'iter_6\.pth: cannot be written: Is a directory; there is no earlier checkpoint'
     with pytest.raises(CheckpointError, match=expected):
         runner.train()
-
-
-# ---------------------------------------------------------------- replace_file
-
-
-def test_replaced_or_as_before(tmp_path):
-    path = tmp_path / 'file'
-    replace_file(path, b'first')
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    try:
-        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
-            replace_file(path, bytes(2000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert caught.value.filename == str(path)
-    assert path.read_bytes() == b'first'
-    assert files_in(tmp_path) == ['file']
-    replace_file(path, bytes(2000))
-    assert path.read_bytes() == bytes(2000)
-
-
-def test_a_folder_whose_names_cannot_be_synced(tmp_path, monkeypatch):
-    """The error names the file, as any other does."""
-    folder = tmp_path / 'folder'
-    folder.mkdir()
-    folder.chmod(0o333)  # files may be made in it, but it may not be opened
-    monkeypatch.chdir(folder)
-    user = os.geteuid()
-    try:
-        if user == 0:
-            os.seteuid(65534)  # root may do everything
-        with pytest.raises(PermissionError) as caught:
-            replace_file('file', b'first')
-    finally:
-        os.seteuid(user)
-        folder.chmod(0o755)
-    assert caught.value.filename == 'file'
-    assert files_in(folder) == ['file']
-
-
-def test_permissions_are_those_of_any_new_file(tmp_path):
-    (tmp_path / 'plain').write_bytes(b'')
-    replace_file(tmp_path / 'ours', b'')
-    assert (tmp_path / 'ours').stat().st_mode == (tmp_path / 'plain').stat().st_mode
 
 
 def test_backend_for_text_and_folders(tmp_path):

@@ -5,12 +5,12 @@ import torch
 from mmengine.config import Config
 
 from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.preflight import (
     check_checkpoint,
     check_checkpoints,
     check_data,
     check_work_dir,
-    load_config,
 )
 
 

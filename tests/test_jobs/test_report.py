@@ -14,8 +14,9 @@ from PIL import Image
 from training_folder import rows, work_dir
 
 from ssn_plugin.analysis.history import HISTORY_FILE, append_to_history, start_history
+from ssn_plugin.analysis.run_report import REPORT_FILE
 from ssn_plugin.errors import InputError
-from ssn_plugin.jobs.report import REPORT_FILE, write_report
+from ssn_plugin.jobs.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ('chromium', 'google-chrome', 'chrome'))), None)
 
@@ -61,7 +62,7 @@ def test_what_the_page_says(report):
         'mIoU, iteration 5',
         '61.5',
         'SSN, eps 0.125',
-        '0 to 1, from 0 % to 50 % of the run',
+        '0 to 1, from 0 to 0.5 of the run',
         'from iteration 9 of 20',
         '2.99.9',
         'IN 0 LN 25 BN 75',

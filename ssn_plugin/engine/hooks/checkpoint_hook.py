@@ -1,7 +1,6 @@
 """SSNCheckpointHook: a run that dies while it writes a checkpoint still has the one before."""
 
 import contextlib
-import os.path as osp
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
 
-from ssn_plugin.engine.whole_file_backend import INCOMPLETE, WholeFileBackend, replace_file
+from ssn_plugin.checkpoint.whole_file import INCOMPLETE, whole_file
+from ssn_plugin.engine.whole_file_backend import WholeFileBackend
 from ssn_plugin.errors import CheckpointError
 
 
@@ -57,8 +57,9 @@ class SSNCheckpointHook(CheckpointHook):
         """
         super().before_train(runner)
         if is_main_process() and isinstance(self.file_backend, WholeFileBackend):
-            for path in Path(self.out_dir).glob(f'*.pth{INCOMPLETE}'):
-                path.unlink()
+            for folder, name in ((self.out_dir, '*.pth'), (runner.work_dir, 'last_checkpoint')):
+                for path in Path(folder).glob(f'{name}.*{INCOMPLETE}'):
+                    path.unlink()
         if self.last_ckpt is None and runner.iter > 0:
             self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
 
@@ -85,7 +86,8 @@ class SSNCheckpointHook(CheckpointHook):
                 **self.args,
             )
             if is_main_process():
-                replace_file(osp.join(runner.work_dir, 'last_checkpoint'), path.encode())
+                with whole_file(Path(runner.work_dir, 'last_checkpoint')) as temporary:
+                    temporary.write_text(path, encoding='utf-8')
             self.last_ckpt = path
         if limited:
             self.keep_ckpt_ids = deque(kept[-self.max_keep_ckpts :], self.max_keep_ckpts)

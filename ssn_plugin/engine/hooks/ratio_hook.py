@@ -27,7 +27,7 @@ class SSNRatioHook(Hook):
 
     It costs one synchronisation with the device per interval. After the training, the visualizer
     gets the figures, and the work dir a ``report.html``
-    (:func:`ssn_plugin.jobs.report.write_report`); what fails there is one warning.
+    (:func:`ssn_plugin.analysis.run_report.write_run_report`); what fails there is one warning.
 
     Args:
         interval: Iterations between two records.
@@ -109,12 +109,12 @@ class SSNRatioHook(Hook):
             return
         try:
             # Here, so that a training that draws nothing needs no matplotlib.
-            from ssn_plugin.jobs.report import figure_images, write_report
+            from ssn_plugin.analysis.run_report import figure_images, write_run_report
 
             work_dir = Path(runner.work_dir)
             for name, image in figure_images(work_dir):
                 runner.visualizer.add_image(name, image, step=runner.iter)
-            path = write_report(work_dir)
+            path = write_run_report(work_dir, runner.cfg)
         except Exception as error:
             # Whatever it is: the training it reports on has come to its end and is worth more.
             reason = ' '.join(str(error).split())[:300]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from ssn_plugin.analysis.config_summary import summarise
 from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
-from ssn_plugin.jobs.config_summary import summarise
-from ssn_plugin.jobs.preflight import load_config
+from ssn_plugin.jobs.configs import load_config
 
 
 def facts(path: str, max_iters: int | None = None) -> dict[str, dict[str, str]]:
@@ -24,7 +24,7 @@ def test_the_demo_detector():
     assert found['Data']['train: images per process'] == '4'
     assert found['Data']['val: data'].endswith('data/demo/coco/annotations/instances_val2017.json')
     assert 'SGD, lr 0.02' in found['Optimisation']['optimizer']
-    assert found['Schedule']['radius'] == '0 to 1, from 0 % to 100 % of the run'
+    assert found['Schedule']['radius'] == '0 to 1, from 0 to 1 of the run'
     first = int(re.search(r'iteration (\d+) of 800', str(found['Schedule']))[1])
     hook = SSNRadiusHook()
     assert hook.radius_at(first - 1, 800) >= (2 / 3) ** 0.5 > hook.radius_at(first - 2, 800)
