@@ -105,6 +105,11 @@ def main() -> None:
         metavar='FOLDER',
         help='what tools/make_demo_dataset.py makes',
     )
+    parser.add_argument(
+        '--ahead',
+        action='store_true',
+        help='go on with the runs behind those that need the other environment',
+    )
     add_run_arguments(parser, 'defaults')
     args = parser.parse_args()
     choose_device(args.device)
@@ -120,7 +125,8 @@ def main() -> None:
         while not budget.spent:
             rows = read(results)
             left = [r for r in plan(args.size, rows) if not any(matches(row, r) for row in rows)]
-            here = list(itertools.takewhile(lambda run: _is_here(run['task']), left))
+            taken = filter if args.ahead else itertools.takewhile
+            here = list(taken(lambda run: _is_here(run['task']), left))
             if not here:
                 print(f'next: {name_of(left[0])}' if left else 'nothing left to do')
                 return
