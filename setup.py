@@ -58,6 +58,9 @@ extras = {
     'seg': [line for line in onedl if not line.startswith('onedl-mmdetection')],
     'original': requirements('original'),
     'triton': ['triton>=3.0; platform_system == "Linux"'],
+    # The recipes of docs/without-mmengine.md, for which the tests need them.
+    'lightning': ['lightning>=2.6'],
+    'accelerate': ['accelerate>=1.0'],
     'deploy': requirements('deploy'),
     'demo': requirements('demo'),
     'docs': requirements('docs'),

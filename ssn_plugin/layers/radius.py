@@ -90,6 +90,16 @@ def copy_selection(source: nn.Module, target: nn.Module) -> None:
     Args:
         source: The trained model.
         target: The model to follow it.
+
+    Example:
+        >>> import copy, torch
+        >>> from ssn_plugin import SSN, copy_selection, set_radius
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8))
+        >>> averaged = copy.deepcopy(model)
+        >>> set_radius(model, 1.0)
+        >>> copy_selection(model, averaged)
+        >>> averaged[1].selected
+        ('BN', 'BN')
     """
     followers = dict(target.named_modules())
     for name, layer in source.named_modules():
