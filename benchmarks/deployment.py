@@ -28,7 +28,7 @@ from parity import require_parity
 from records import provenance, write
 from timing import interleaved, seconds, spread
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from training_step import CONFIGS, NETWORKS, replace_norm
 
 from ssn_plugin import SSN, collapse_ssn, find_foldable, fold_batch_norms, set_radius
@@ -115,7 +115,7 @@ def relative_difference(ours: object, theirs: object) -> float:
         ours: Any nesting of tensors.
         theirs: The same of what they should be.
     """
-    pairs = zip(tree_leaves(ours), tree_leaves(theirs), strict=True)
+    pairs = zip(tree_flatten(ours)[0], tree_flatten(theirs)[0], strict=True)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 

@@ -95,10 +95,10 @@ class PeakMemory(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         given = {
             StorageWeakRef(value.untyped_storage())
-            for value in torch.utils._pytree.tree_leaves((args, kwargs))
+            for value in torch.utils._pytree.tree_flatten((args, kwargs))[0]
             if isinstance(value, Tensor)
         }
-        for value in torch.utils._pytree.tree_leaves(result):
+        for value in torch.utils._pytree.tree_flatten(result)[0]:
             if isinstance(value, Tensor):
                 storage = StorageWeakRef(value.untyped_storage())
                 if storage not in given:

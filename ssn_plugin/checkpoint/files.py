@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.errors import CheckpointError
+from ssn_plugin.torch_versions import allow_stand_ins
 
 ALLOW_PICKLE = 'SSN_ALLOW_PICKLE'
 
@@ -43,7 +44,7 @@ _BESIDE_WEIGHTS = (
     'numpy.ndarray',
     'numpy.dtype',
 )
-# A class for each, under its name: torch 2.5 takes no pairs of a class and a name.
+# A class for each, under its name.
 _STAND_INS = [
     type(name.rpartition('.')[2], (_Ignored,), {'__module__': name.rpartition('.')[0]})
     for name in _BESIDE_WEIGHTS
@@ -66,13 +67,11 @@ def weights_only(allow_pickle: bool = False) -> Iterator[None]:
         ):
             yield
         return
-    # Older torch has no list of the kind: there a file with log histories is refused.
-    allow = getattr(torch.serialization, 'safe_globals', contextlib.nullcontext)
     with (
         _environment(
             {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': None}
         ),
-        allow(_STAND_INS),
+        allow_stand_ins(_STAND_INS),
     ):
         yield
 

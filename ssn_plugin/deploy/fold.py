@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 def find_foldable(model: nn.Module, run: Callable[[nn.Module], object]) -> list[tuple[str, str]]:
@@ -173,7 +173,7 @@ class _Call(NamedTuple):
 def _storages(values: object) -> set[StorageWeakRef]:
     return {
         StorageWeakRef(x.untyped_storage())
-        for x in tree_leaves(values)
+        for x in tree_flatten(values)[0]
         if isinstance(x, Tensor) and x.layout is torch.strided
     }
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import pytest
 import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 def build(host: str, kind: str = 'SSNResNet', **kwargs) -> nn.Module:
     """A narrow backbone, ResNet-18 unless told otherwise, in the scope of a codebase."""
+    pytest.importorskip(host)
     kwargs = dict(depth=18, base_channels=8, stem_channels=8, norm_eval=False) | kwargs
     with DefaultScope.overwrite_default_scope(host):
         return MODELS.build(dict(type=kind, **kwargs))

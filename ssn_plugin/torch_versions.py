@@ -1,0 +1,77 @@
+"""The only place that knows that torch differs from version to version; it works from 2.1 on.
+
+Every difference stands below the version that made it needless, and goes when older ones go.
+"""
+
+import codecs
+import pickle
+from _compat_pickle import IMPORT_MAPPING
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
+from typing import BinaryIO
+
+import torch
+
+VERSION = tuple(int(number) for number in torch.__version__.split('.')[:2])
+
+
+# ---- torch 2.3
+
+# Both are constants to torch.compile.
+is_compiling = (torch.compiler if VERSION >= (2, 3) else torch._utils).is_compiling
+
+
+# ---- torch 2.4
+
+# Custom operators in Python, and Triton 3, which the kernels are written for.
+HAS_CUSTOM_OPS = VERSION >= (2, 4)
+
+
+# ---- torch 2.6
+
+
+def allow_stand_ins(classes: Sequence[type]) -> AbstractContextManager[None]:
+    """Let ``torch.load(weights_only=True)`` take these classes under the names they bear.
+
+    Before 2.6 its unpickler knows too little to read what a training run writes, bytes and sets
+    among others. There one of Python's takes its place, which knows what that of 2.6 does.
+    """
+    if VERSION >= (2, 6):
+        return torch.serialization.safe_globals(classes)
+    return _strict_unpickler(classes)
+
+
+@contextmanager
+def _strict_unpickler(classes: Sequence[type]) -> Iterator[None]:
+    allowed = {
+        **torch._weights_only_unpickler._get_allowed_globals(),
+        **{str(kind): kind for kind in (torch.bfloat16, torch.bool, torch.uint8)},
+        'torch.device': torch.device,
+        '_codecs.encode': codecs.encode,  # bytes
+        'collections.Counter': Counter,
+        'builtins.set': set,
+        'builtins.bytearray': bytearray,
+        'builtins.complex': complex,
+        **{f'{kind.__module__}.{kind.__name__}': kind for kind in classes},
+    }
+
+    class Unpickler(pickle.Unpickler):
+        """Knows nothing but what is allowed; that is called, and nothing else."""
+
+        def find_class(self, module: str, name: str) -> object:
+            full_name = f'{IMPORT_MAPPING.get(module, module)}.{name}'
+            if full_name not in allowed:
+                raise pickle.UnpicklingError(f'GLOBAL {full_name} was not allowed')
+            return allowed[full_name]
+
+    def load(file: BinaryIO, **options) -> object:
+        return Unpickler(file, **options).load()
+
+    before = torch.serialization._weights_only_unpickler
+    torch.serialization._weights_only_unpickler = SimpleNamespace(Unpickler=Unpickler, load=load)
+    try:
+        yield
+    finally:
+        torch.serialization._weights_only_unpickler = before
