@@ -82,7 +82,7 @@ setup(
     license='Apache-2.0',
     license_files=['LICENSE'],
     packages=find_packages(include=['ssn_plugin', 'ssn_plugin.*']),
-    package_data={'ssn_plugin': ['*/README.md', '*/templates/*']},
+    package_data={'ssn_plugin': ['py.typed', '*/README.md', '*/templates/*']},
     python_requires='>=3.10',
     install_requires=['torch>=2.1'],
     extras_require=extras,

@@ -33,8 +33,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from records import provenance, write
 
-from demo_data import make_demo_dataset
 from ssn_plugin import SSN
+from ssn_plugin.jobs.clone import import_demo_data
 
 CONFIG = Path(__file__).parents[1] / 'configs/demo/mask-rcnn_r18_fpn_ssn-all_demo.py'
 
@@ -144,7 +144,7 @@ def soak(norm: str, iterations: int, batch_size: int) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_demo_dataset(folder / 'data/demo', num_train=60, num_val=3)
+        import_demo_data().make_demo_dataset(folder / 'data/demo', num_train=60, num_val=3)
         config = Config.fromfile(CONFIG)
         config.work_dir = str(folder / 'run')
         config.train_cfg.update(max_iters=iterations, val_interval=iterations)

@@ -1,5 +1,6 @@
 """The distributions: what they contain, what they declare, and what importing the package costs."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -42,7 +43,7 @@ def tree(tmp_path):
         '.*', '__pycache__', '*.egg-info', 'build', 'dist', 'work_dirs'
     )
     for path in ROOT.iterdir():
-        if path.name in ('configs', 'requirements', 'ssn_plugin', 'tests', 'tools'):
+        if path.name in ('configs', 'demo_data', 'requirements', 'ssn_plugin', 'tests', 'tools'):
             shutil.copytree(path, copy / path.name, ignore=unwanted)
         elif path.is_file() and path.suffix in ('', '.cff', '.in', '.md', '.py', '.toml', '.yml'):
             copy.mkdir(exist_ok=True)
@@ -63,7 +64,7 @@ def test_wheel_contains_package_and_mim_folder_and_nothing_else(tree, tmp_path):
     wanted = [
         path.relative_to(tree)
         for path in (tree / 'ssn_plugin').rglob('*')
-        if path.suffix == '.py' or path.parent.name == 'templates'
+        if path.suffix in ('.py', '.typed') or path.parent.name == 'templates'
     ]
     for folder in ('configs', 'tools'):
         files = [path for path in (tree / folder).rglob('*') if path.is_file()]
@@ -71,6 +72,29 @@ def test_wheel_contains_package_and_mim_folder_and_nothing_else(tree, tmp_path):
     assert {path.as_posix() for path in wanted} | {'ssn_plugin/.mim/model-index.yml'} <= content
     assert {name.split('/')[0].split('-')[0] for name in content} == {'ssn_plugin'}
     assert not (tree / 'ssn_plugin' / '.mim').exists()
+
+
+def test_what_needs_a_clone_says_so_in_a_wheel(tree, tmp_path):
+    shutil.unpack_archive(build('wheel', tree, tmp_path), tmp_path / 'installed', 'zip')
+    (tmp_path / 'somewhere').mkdir()
+    path = os.pathsep.join([str(tmp_path / 'installed'), os.environ.get('PYTHONPATH', '')])
+    for name, argument in (
+        ('make_demo_dataset.py', 'data'),
+        ('make_demo_image_folder.py', 'data'),
+        ('demo.py', 'det'),
+    ):
+        result = subprocess.run(
+            [sys.executable, tmp_path / 'installed/ssn_plugin/.mim/tools' / name, argument],
+            cwd=tmp_path / 'somewhere',
+            env=os.environ | {'PYTHONPATH': path},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f'{name}: demo_data: not in {tmp_path / "installed"}')
+        assert 'clone the repository' in line
+    assert not list((tmp_path / 'somewhere').iterdir())
 
 
 def test_wheel_from_sdist_equals_wheel_from_checkout(tree, tmp_path):

@@ -15,7 +15,7 @@ SCRIPTS = [name for name in NAMES if name.endswith('.py')]
 WRONG = {
     'analyze_selection.py': (['nothing.pth', '--out', 'out'], 1, 'nothing.pth: no such file'),
     'collapse.py': (['nothing.py', 'nothing.pth', 'out.pth'], 1, 'no such file: nothing.py'),
-    'demo.py': (['det', '--work-dir', 'out'], 1, 'no such file: configs/demo/'),
+    'demo.py': (['det', '--work-dir', 'file'], 1, 'work_dir: cannot make file'),
     'dist_test.sh': (['config.py', 'nothing.pth', 'many'], 2, "got NPROC 'many'"),
     'dist_train.sh': (['config.py', 'many'], 2, "got NPROC 'many'"),
     'export_onnx.py': (

@@ -8,6 +8,9 @@ import argparse
 import sys
 import time
 
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.clone import import_demo_data
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -44,9 +47,7 @@ def main() -> int:
     args = parse_args()
     start = time.monotonic()
     try:
-        from demo_data import make_demo_dataset
-
-        written = make_demo_dataset(
+        written = import_demo_data().make_demo_dataset(
             args.out,
             num_train=args.train,
             num_val=args.val,
@@ -55,7 +56,7 @@ def main() -> int:
             overwrite=args.overwrite,
             progress=show_progress,
         )
-    except (ValueError, ImportError, OSError) as error:
+    except (InputError, ImportError, ValueError, OSError) as error:
         print(f'make_demo_dataset.py: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,6 +7,9 @@ Example:
 import argparse
 import sys
 
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.clone import import_demo_data
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -34,9 +37,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     try:
-        from demo_data import make_image_folder
-
-        written = make_image_folder(
+        written = import_demo_data().make_image_folder(
             args.out,
             num_train=args.train,
             num_val=args.val,
@@ -44,7 +45,7 @@ def main() -> int:
             seed=args.seed,
             overwrite=args.overwrite,
         )
-    except (ValueError, ImportError, OSError) as error:
+    except (InputError, ImportError, ValueError, OSError) as error:
         print(f'make_demo_image_folder.py: {error}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssn_plugin.analysis.importance_ratios import importance_ratios
 from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.clone import CLONE, import_demo_data
 from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.framework_script import allow_runner_checkpoints, host_script
 from ssn_plugin.jobs.preflight import check_work_dir
@@ -25,7 +26,7 @@ class DemoTask(NamedTuple):
 
     Attributes:
         title: What is trained.
-        config: Its config file.
+        config: Its config file, in a clone of the repository.
         metrics: Metric names, what to call them, and the least value of a run that has learned.
     """
 
@@ -80,18 +81,17 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
         work_dir: Folder for logs, checkpoint and pictures.
 
     Raises:
-        InputError: If the config is not below the current folder, a part of the host framework is
-            missing or the folder cannot be written to.
+        InputError: If there is no clone of the repository, a part of the framework is missing or
+            a folder cannot be written to.
     """
     allow_runner_checkpoints()
     demo = TASKS[task]
-    config = load_config(str(demo.config))
-    host_script(config, 'train.py')  # complains where the host framework is missing
-    check_work_dir(str(work_dir))
     try:
-        from demo_data import make_demo_dataset
-
-        make_demo_dataset(DATA_ROOT)
+        demo_data = import_demo_data()
+        config = load_config(str(CLONE / demo.config))
+        host_script(config, 'train.py')  # complains where the framework is missing
+        check_work_dir(str(work_dir))
+        demo_data.make_demo_dataset(DATA_ROOT)
     except (ImportError, OSError) as error:
         raise InputError(f'demo data: {error}') from error
 

@@ -184,6 +184,12 @@ def test_tool_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, argu
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
+def test_tool_works_in_any_folder(tmp_path):
+    arguments = ['data', '--train', '1', '--val', '1', '--size', '96']
+    subprocess.run([sys.executable, TOOL, *arguments], check=True, cwd=tmp_path)
+    assert (tmp_path / 'data/coco/val2017').is_dir()
+
+
 def test_tool_help_has_an_example():
     help_text = subprocess.run(
         [sys.executable, TOOL, '--help'], capture_output=True, text=True, check=True
