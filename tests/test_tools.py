@@ -36,6 +36,10 @@ WRONG = {
 }
 
 
+def test_the_readme_says_what_each_is_for():
+    assert sorted(re.findall(r'`(\w+\.(?:py|sh))`', (TOOLS / 'README.md').read_text())) == NAMES
+
+
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_help_has_an_example(name):
     code, out, _ = run_here(name, '--help')
