@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mmengine.config import Config
 
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios
 
 CANDIDATES = ('IN', 'LN', 'BN')
 

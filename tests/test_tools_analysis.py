@@ -9,7 +9,7 @@ from released_files import released_file, released_state
 from tool_runs import run_here
 from training_folder import work_dir
 
-from ssn_plugin.analysis.importance_ratios import importance_ratios_of_state
+from ssn_plugin.analysis.layer_ratios import layer_ratios_of_state
 
 
 def names(folder):
@@ -20,7 +20,7 @@ def test_analyze_selection_of_one_checkpoint(tmp_path):
     file = released_file(tmp_path / 'ssn.pth', width=4, undecided=0.3, radius=0.5)
     code, out, err = run_here('analyze_selection.py', file)
     assert (code, err) == (0, '')
-    rows = importance_ratios_of_state(released_state(width=4, undecided=0.3, radius=0.5))
+    rows = layer_ratios_of_state(released_state(width=4, undecided=0.3, radius=0.5))
     lines = [line for line in out.splitlines() if line.startswith('│')]
     assert len(lines) == len(rows) == 20
     for line, row in zip(lines, rows, strict=True):

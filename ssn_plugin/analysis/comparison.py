@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios
 from ssn_plugin.checkpoint.whole_file import whole_file
 
 
@@ -83,7 +83,7 @@ def differences(sources: Mapping[str, Sequence[LayerRatios]]) -> list[Difference
 
     Example:
         >>> from ssn_plugin.analysis.comparison import differences
-        >>> from ssn_plugin.analysis.importance_ratios import LayerRatios
+        >>> from ssn_plugin.analysis.layer_ratios import LayerRatios
         >>> before = [LayerRatios('sn1', ('IN', 'BN'), (1.0, 0.0), (0.5, 0.5))]
         >>> after = [LayerRatios('backbone.sn1', ('IN', 'BN'), (0.0, 1.0), (0.5, 0.5))]
         >>> [d.distance for d in differences({'before': before, 'after': after})]

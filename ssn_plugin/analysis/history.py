@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios
 from ssn_plugin.checkpoint.whole_file import whole_file
 
 HISTORY_FILE = 'ratios.jsonl'

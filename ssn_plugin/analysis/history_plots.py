@@ -25,7 +25,7 @@ from ssn_plugin.analysis.figures import (
     write_title,
 )
 from ssn_plugin.analysis.history import History, HistoryError, spread
-from ssn_plugin.analysis.importance_ratios import STATISTICS
+from ssn_plugin.analysis.layer_ratios import STATISTICS
 from ssn_plugin.analysis.places import place_of
 from ssn_plugin.checkpoint.whole_file import whole_file
 

@@ -20,7 +20,7 @@ from ssn_plugin.analysis.figures import (
     used_normalizers,
     write_title,
 )
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios
 from ssn_plugin.analysis.places import place_of
 
 # Where a figure has more layers, it goes on below.
@@ -38,7 +38,7 @@ def selection_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
     """Stacked bars of the importance ratios, one column per layer: means above, variances below.
 
     Args:
-        rows: Of :func:`ssn_plugin.analysis.importance_ratios.importance_ratios`.
+        rows: Of :func:`ssn_plugin.analysis.layer_ratios.layer_ratios`.
         title: Title of the figure.
 
     Raises:
@@ -47,9 +47,9 @@ def selection_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
     Example:
         >>> import torch
         >>> from ssn_plugin import SSN
-        >>> from ssn_plugin.analysis.importance_ratios import importance_ratios
+        >>> from ssn_plugin.analysis.layer_ratios import layer_ratios
         >>> from ssn_plugin.analysis.plots import selection_figure
-        >>> rows = importance_ratios(torch.nn.Sequential(SSN(8)))
+        >>> rows = layer_ratios(torch.nn.Sequential(SSN(8)))
         >>> len(selection_figure(rows, 'One layer').axes)
         2
     """
@@ -142,7 +142,7 @@ def shown_radius(rows: Sequence[LayerRatios]) -> str:
         rows: Layers.
 
     Example:
-        >>> from ssn_plugin.analysis.importance_ratios import LayerRatios
+        >>> from ssn_plugin.analysis.layer_ratios import LayerRatios
         >>> from ssn_plugin.analysis.plots import shown_radius
         >>> row = LayerRatios('sn1', ('IN', 'BN'), (0.5, 0.5), (0.5, 0.5), radius=0.25)
         >>> shown_radius([row]), shown_radius([row, row._replace(radius=1.0)])

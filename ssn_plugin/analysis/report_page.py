@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ssn_plugin.analysis.config_summary import Section
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios
 
 
 class Picture(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ssn_plugin.analysis.config_summary import summarise
 from ssn_plugin.analysis.history import HISTORY_FILE, History, read_history
-from ssn_plugin.analysis.importance_ratios import LayerRatios
+from ssn_plugin.analysis.layer_ratios import LayerRatios
 from ssn_plugin.analysis.run_logs import RunLogs, read_run_logs
 from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.errors import InputError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssn_plugin.analysis.comparison import differences, write_comparison
 from ssn_plugin.analysis.figures import save_both
-from ssn_plugin.analysis.importance_ratios import LayerRatios
+from ssn_plugin.analysis.layer_ratios import LayerRatios
 from ssn_plugin.analysis.plots import comparison_figure, selection_figure, share_figure
 from ssn_plugin.analysis.tables import write_csv, write_json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssn_plugin.analysis.comparison import Difference, headline
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios
 from ssn_plugin.checkpoint.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def records(rows: Sequence[LayerRatios]) -> list[dict]:
     """Two records per layer, one for the mean and one for the variance.
 
     Args:
-        rows: Of :func:`ssn_plugin.analysis.importance_ratios.importance_ratios`.
+        rows: Of :func:`ssn_plugin.analysis.layer_ratios.layer_ratios`.
 
     Returns:
         Dicts of ``depth`` (1 for the layer nearest the input), ``layer``, ``stage``, ``kind``,
@@ -28,9 +28,9 @@ def records(rows: Sequence[LayerRatios]) -> list[dict]:
     Example:
         >>> import torch
         >>> from ssn_plugin import SSN
-        >>> from ssn_plugin.analysis.importance_ratios import importance_ratios
+        >>> from ssn_plugin.analysis.layer_ratios import layer_ratios
         >>> from ssn_plugin.analysis.tables import records
-        >>> first, _ = records(importance_ratios(torch.nn.Sequential(SSN(8))))
+        >>> first, _ = records(layer_ratios(torch.nn.Sequential(SSN(8))))
         >>> first['statistic'], first['selected'], list(first['ratios'])
         ('mean', None, ['IN', 'LN', 'BN'])
     """
@@ -147,7 +147,7 @@ def shown_ratios(row: LayerRatios, statistic: str) -> str:
         statistic: 'mean' or 'var'.
 
     Example:
-        >>> from ssn_plugin.analysis.importance_ratios import LayerRatios
+        >>> from ssn_plugin.analysis.layer_ratios import LayerRatios
         >>> from ssn_plugin.analysis.tables import shown_ratios
         >>> row = LayerRatios('sn1', ('IN', 'BN'), (0.25, 0.75), (0.0, 1.0))
         >>> shown_ratios(row, 'mean'), shown_ratios(row, 'var')

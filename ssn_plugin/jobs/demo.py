@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor
 
-from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.analysis.layer_ratios import layer_ratios
 from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.clone import CLONE, import_demo_data
 from ssn_plugin.jobs.configs import load_config
@@ -105,7 +105,7 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
 
     pictures = [work_dir / 'predictions.png', work_dir / 'selection.png']
     _draw_predictions(runner, task, pictures[0], demo.title)
-    rows = importance_ratios(runner.model)
+    rows = layer_ratios(runner.model)
     from ssn_plugin.analysis.figures import save_figure
     from ssn_plugin.analysis.plots import selection_figure
 

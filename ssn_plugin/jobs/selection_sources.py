@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from ssn_plugin.analysis.importance_ratios import (
+from ssn_plugin.analysis.layer_ratios import (
     LayerRatios,
-    importance_ratios,
-    importance_ratios_of_state,
+    layer_ratios,
+    layer_ratios_of_state,
 )
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
 from ssn_plugin.checkpoint.layout import shown
@@ -66,7 +66,7 @@ def _of_checkpoint(path: str, allow_pickle: bool) -> list[LayerRatios]:
     reads = load_checkpoint if '://' in path else read_checkpoint
     checkpoint = reads(path, allow_pickle)
     state = weights_in(checkpoint, path)
-    return importance_ratios_of_state(state, told_candidates(checkpoint))
+    return layer_ratios_of_state(state, told_candidates(checkpoint))
 
 
 def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[LayerRatios]:
@@ -80,10 +80,10 @@ def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[La
                 f'{path}:CHECKPOINT'
             )
         model.init_weights()
-        return importance_ratios(model)
+        return layer_ratios(model)
     reads = load_checkpoint if '://' in checkpoint else read_checkpoint
     state = weights_in(reads(checkpoint, allow_pickle), checkpoint)
-    rows = {row.layer for row in importance_ratios(model)}
+    rows = {row.layer for row in layer_ratios(model)}
     try:
         missing, _ = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -92,4 +92,4 @@ def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[La
     random = [key for key in missing if key.endswith('.mean_weight') and key[:-12] in rows]
     if random:
         raise CheckpointError(f'{checkpoint}: does not fit {path}: it lacks {shown(random)}')
-    return importance_ratios(model)
+    return layer_ratios(model)

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ssn_plugin.analysis.comparison import common_name
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios, layer_ratios
 from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.class_folders import check_class_folders
 from ssn_plugin.jobs.configs import load_config
@@ -141,7 +141,7 @@ def train(
         return None
     top1 = runner.val_loop.run()['accuracy/top1']
     losses = runner.message_hub.get_scalar('train/loss')
-    ratios = importance_ratios(runner.model)
+    ratios = layer_ratios(runner.model)
     outcome = {
         'iterations': runner.iter,
         'top1': f'{top1:.2f}',

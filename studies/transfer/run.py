@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.analysis.layer_ratios import layer_ratios
 from ssn_plugin.checkpoint.publish import publish_backbone
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.preflight import check_data
@@ -111,7 +111,7 @@ def fine_tune(
         return None
     metrics = runner.val_loop.run()
     losses = runner.message_hub.get_scalar('train/loss')
-    ratios = importance_ratios(runner.model)
+    ratios = layer_ratios(runner.model)
     return {
         'iterations': runner.iter,
         **scores(task, metrics),

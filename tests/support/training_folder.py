@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ssn_plugin.analysis.history import HISTORY_FILE, append_to_history, start_history
-from ssn_plugin.analysis.importance_ratios import LayerRatios
+from ssn_plugin.analysis.layer_ratios import LayerRatios
 
 NAMES = ('IN', 'LN', 'BN')
 CONFIG = """

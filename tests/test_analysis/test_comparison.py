@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from ssn_plugin.analysis.comparison import aligned, differences, headline, write_comparison
-from ssn_plugin.analysis.importance_ratios import LayerRatios
+from ssn_plugin.analysis.layer_ratios import LayerRatios
 from ssn_plugin.analysis.tables import difference_table
 
 NAMES = ('IN', 'LN', 'BN')

@@ -11,7 +11,7 @@ from ssn_plugin.analysis.history import (
     read_history,
     start_history,
 )
-from ssn_plugin.analysis.importance_ratios import LayerRatios
+from ssn_plugin.analysis.layer_ratios import LayerRatios
 
 ROWS = [
     LayerRatios('sn1', ('IN', 'LN', 'BN'), (0.2, 0.5, 0.3), (0, 0, 1.0), 0.5, False, True, 64),

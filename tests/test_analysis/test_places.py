@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from mmengine.registry import init_default_scope
 
-from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.analysis.layer_ratios import layer_ratios
 from ssn_plugin.analysis.places import place_of
 from ssn_plugin.jobs.configs import load_config
 
@@ -50,7 +50,7 @@ def test_every_layer_of_the_demos_has_its_place(config, expected):
         from mmdet.registry import MODELS
     else:
         from mmseg.registry import MODELS
-    rows = importance_ratios(MODELS.build(config.model))
+    rows = layer_ratios(MODELS.build(config.model))
     assert Counter(row.place.kind for row in rows) == expected
     # Stages do not mix: in the order of the modules each is one piece.
     stages = [row.place.stage for row in rows]

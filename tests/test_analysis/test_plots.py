@@ -16,7 +16,7 @@ from ssn_plugin.analysis.figures import (
     as_svg,
     save_figure,
 )
-from ssn_plugin.analysis.importance_ratios import LayerRatios, importance_ratios_of_state
+from ssn_plugin.analysis.layer_ratios import LayerRatios, layer_ratios_of_state
 from ssn_plugin.analysis.plots import comparison_figure, selection_figure, share_figure
 from ssn_plugin.analysis.prediction_sheet import Prediction, plot_predictions
 from ssn_plugin.analysis.selection_report import write_selection
@@ -55,7 +55,7 @@ def texts(figure) -> str:
 
 def rows_of(depth: int, **kwargs) -> list[LayerRatios]:
     state = released_state(depth, 4, undecided=0.4, radius=0.5, **kwargs)
-    return importance_ratios_of_state(state)
+    return layer_ratios_of_state(state)
 
 
 @pytest.mark.parametrize(('depth', 'lines'), [(18, 1), (50, 1), (101, 2)])

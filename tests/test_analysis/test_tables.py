@@ -6,7 +6,7 @@ import json
 
 from rich.console import Console
 
-from ssn_plugin.analysis.importance_ratios import LayerRatios
+from ssn_plugin.analysis.layer_ratios import LayerRatios
 from ssn_plugin.analysis.tables import records, selection_table, write_csv, write_json
 
 ROWS = [

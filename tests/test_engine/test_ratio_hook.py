@@ -17,7 +17,7 @@ from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius
 from ssn_plugin.analysis.history import read_history
-from ssn_plugin.analysis.importance_ratios import importance_ratios
+from ssn_plugin.analysis.layer_ratios import layer_ratios
 from ssn_plugin.engine.hooks.ratio_hook import SSNRatioHook, importance_scalars
 
 # Drawing takes longer than these runs: the tests of the report do it.
@@ -315,7 +315,7 @@ def test_history_of_a_run(make_runner, by_epoch):
                     assert ratio == pytest.approx(expected, abs=1e-6)
     expected = [sum(losses[:5]) / 5, sum(losses[5:10]) / 5, sum(losses[7:12]) / 5]
     assert [line['loss'] for line in history.lines] == pytest.approx(expected)
-    assert history.rows() == importance_ratios(runner.model)
+    assert history.rows() == layer_ratios(runner.model)
 
 
 def test_history_of_a_resumed_run(make_runner):

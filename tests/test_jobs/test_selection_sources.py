@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import DefaultScope
 from released_files import released_file, released_state
 
-from ssn_plugin.analysis.importance_ratios import importance_ratios, importance_ratios_of_state
+from ssn_plugin.analysis.layer_ratios import layer_ratios, layer_ratios_of_state
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.selection_sources import rows_of
 
@@ -34,7 +34,7 @@ def run(make_runner):
 
 
 def test_work_dir_checkpoint_and_config(run, tmp_path):
-    expected = importance_ratios(run.model)
+    expected = layer_ratios(run.model)
     assert all(row.decided for row in expected)
     config = tmp_path / 'config.py'
     config.write_text(CONFIG)
@@ -51,11 +51,11 @@ def test_candidates_by_the_config_in_a_checkpoint(run, tmp_path):
     checkpoint = torch.load(path, weights_only=False)
     checkpoint['meta']['cfg'] = CONFIG
     torch.save(checkpoint, path)
-    assert rows_of(run.work_dir) == rows_of(str(path)) == importance_ratios(run.model)
+    assert rows_of(run.work_dir) == rows_of(str(path)) == layer_ratios(run.model)
     # The folder has been moved since.
     moved = tmp_path / 'moved'
     Path(run.work_dir).rename(moved)
-    assert rows_of(str(moved)) == importance_ratios(run.model)
+    assert rows_of(str(moved)) == layer_ratios(run.model)
 
 
 def test_candidates_by_the_meta_of_a_published_backbone(tmp_path):
@@ -67,7 +67,7 @@ def test_candidates_by_the_meta_of_a_published_backbone(tmp_path):
 
 def test_released_file(tmp_path):
     rows = rows_of(released_file(tmp_path / 'ssn.pth', width=4))
-    assert rows == importance_ratios_of_state(released_state(width=4))
+    assert rows == layer_ratios_of_state(released_state(width=4))
     assert len(rows) == 20
 
 
@@ -80,7 +80,7 @@ def test_config_with_the_weights_it_starts_from(tmp_path):
         "norm_cfg=dict(type='SSN'), init_cfg=dict(type='Pretrained', "
         f'checkpoint={file!r}))\n'
     )
-    expected = importance_ratios_of_state(released_state(width=4))
+    expected = layer_ratios_of_state(released_state(width=4))
     found = rows_of(str(config))
     assert [row.selected for row in found] == [row.selected for row in expected]
     assert any(row.selected != ('BN', 'BN') for row in found)

@@ -7,7 +7,7 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from ssn_plugin.analysis.history import HISTORY_FILE, append_to_history, start_history
-from ssn_plugin.analysis.importance_ratios import STATISTICS, LayerRatios, importance_ratios
+from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios, layer_ratios
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.engine.versions import versions
 
@@ -56,7 +56,7 @@ class SSNRatioHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
-        rows = importance_ratios(unwrapped(runner.model))
+        rows = layer_ratios(unwrapped(runner.model))
         if not rows or not is_main_process():
             return
         path = Path(runner.work_dir) / HISTORY_FILE
@@ -81,7 +81,7 @@ class SSNRatioHook(Hook):
         if not (self.every_n_train_iters(runner, self.interval) or last):
             return
         model = unwrapped(runner.model)
-        rows = importance_ratios(model)
+        rows = layer_ratios(model)
         summary, per_layer = importance_scalars(model, rows)
         for name, value in summary.items():
             runner.message_hub.update_scalar(f'train/{name}', value)
@@ -144,7 +144,7 @@ def importance_scalars(
     Returns:
         The summary over all layers, and the ratios layer by layer.
     """
-    rows = importance_ratios(model) if rows is None else rows
+    rows = layer_ratios(model) if rows is None else rows
     if not rows:
         return {}, {}
     per_layer: dict[str, float] = {}

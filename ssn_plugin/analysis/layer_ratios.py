@@ -68,7 +68,7 @@ class LayerRatios(NamedTuple):
 
 
 @torch.no_grad()
-def importance_ratios(model: nn.Module) -> list[LayerRatios]:
+def layer_ratios(model: nn.Module) -> list[LayerRatios]:
     """One row per SSN and SN layer of a model, in the order of the modules.
 
     The whole model costs one synchronisation with the device.
@@ -79,8 +79,8 @@ def importance_ratios(model: nn.Module) -> list[LayerRatios]:
     Example:
         >>> import torch
         >>> from ssn_plugin import SSN
-        >>> from ssn_plugin.analysis.importance_ratios import importance_ratios
-        >>> rows = importance_ratios(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8)))
+        >>> from ssn_plugin.analysis.layer_ratios import layer_ratios
+        >>> rows = layer_ratios(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8)))
         >>> rows[0].layer, rows[0].decided, rows[0].channels
         ('1', False, 8)
     """
@@ -106,7 +106,7 @@ def importance_ratios(model: nn.Module) -> list[LayerRatios]:
 
 
 @torch.no_grad()
-def importance_ratios_of_state(
+def layer_ratios_of_state(
     state: Mapping[str, Tensor], told: Candidates | None = None
 ) -> list[LayerRatios]:
     """One row per SSN and SN layer of a state dict, in its order; the model is not built.
@@ -119,9 +119,9 @@ def importance_ratios_of_state(
     Example:
         >>> import torch
         >>> from ssn_plugin import SSN
-        >>> from ssn_plugin.analysis.importance_ratios import *
+        >>> from ssn_plugin.analysis.layer_ratios import *
         >>> model = torch.nn.Sequential(SSN(8))
-        >>> importance_ratios_of_state(model.state_dict()) == importance_ratios(model)
+        >>> layer_ratios_of_state(model.state_dict()) == layer_ratios(model)
         True
     """
     rows = []
