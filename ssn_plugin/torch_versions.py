@@ -7,8 +7,8 @@ import codecs
 import pickle
 from _compat_pickle import IMPORT_MAPPING
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import BinaryIO
 
@@ -32,29 +32,42 @@ HAS_CUSTOM_OPS = VERSION >= (2, 4)
 # ---- torch 2.6
 
 
-def allow_stand_ins(classes: Sequence[type]) -> AbstractContextManager[None]:
-    """Let ``torch.load(weights_only=True)`` take these classes under the names they bear.
+@contextmanager
+def allow_only(objects: Mapping[str, object]) -> Iterator[None]:
+    """Let ``torch.load(weights_only=True)`` take these under their names, and weights.
 
-    Before 2.6 its unpickler knows too little to read what a training run writes, bytes and sets
+    What others have allowed by ``add_safe_globals`` does not count: some allow getattr.
+
+    Before 2.6 torch's unpickler knows too little to read what a training run writes, bytes and sets
     among others. There one of Python's takes its place, which knows what that of 2.6 does.
     """
-    if VERSION >= (2, 6):
-        return torch.serialization.safe_globals(classes)
-    return _strict_unpickler(classes)
+    if VERSION < (2, 6):
+        with _strict_unpickler(objects):
+            yield
+        return
+    before = torch.serialization.get_safe_globals()
+    own = [each for each in before if getattr(each, '__module__', '').startswith('torch.')]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*own, *((each, name) for name, each in objects.items())])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 @contextmanager
-def _strict_unpickler(classes: Sequence[type]) -> Iterator[None]:
+def _strict_unpickler(objects: Mapping[str, object]) -> Iterator[None]:
     allowed = {
         **torch._weights_only_unpickler._get_allowed_globals(),
-        **{str(kind): kind for kind in (torch.bfloat16, torch.bool, torch.uint8)},
+        **{str(kind): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)},
         'torch.device': torch.device,
         '_codecs.encode': codecs.encode,  # bytes
         'collections.Counter': Counter,
         'builtins.set': set,
         'builtins.bytearray': bytearray,
         'builtins.complex': complex,
-        **{f'{kind.__module__}.{kind.__name__}': kind for kind in classes},
+        **objects,
     }
 
     class Unpickler(pickle.Unpickler):

@@ -9,7 +9,8 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from backbones import Marker, as_mmpretrain, batch_norm_network, build, images, pretrained
+from backbones import as_mmpretrain, batch_norm_network, build, images, pretrained
+from pickled_code import Marker
 from plain_resnet import relative_error
 from released_files import released_checkpoint, released_file, released_state, save
 

@@ -1,142 +1,18 @@
 """Reads checkpoint files without running code in them, and writes them whole or not at all."""
 
-import contextlib
-import errno
 import hashlib
 import os
 import pickle
-import pickletools
-import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ssn_plugin.checkpoint.unpickling import Ignored, weights_only
 from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.errors import CheckpointError
-from ssn_plugin.torch_versions import allow_stand_ins
-
-ALLOW_PICKLE = 'SSN_ALLOW_PICKLE'
-
-
-class _Ignored:
-    """Base of what stands for things beside weights, so that nothing of them is ever called."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# What a training run of mmengine (log histories) or an old script (a best accuracy as a numpy
-# scalar) puts beside the weights. They become inert objects here.
-_BESIDE_WEIGHTS = (
-    'builtins.getattr',
-    'mmengine.logging.history_buffer.HistoryBuffer',
-    *(
-        f'numpy.{core}.multiarray.{name}'
-        for core in ('core', '_core')
-        for name in ('_reconstruct', 'scalar')
-    ),
-    'numpy.ndarray',
-    'numpy.dtype',
-)
-# A class for each, under its name.
-_STAND_INS = [
-    type(name.rpartition('.')[2], (_Ignored,), {'__module__': name.rpartition('.')[0]})
-    for name in _BESIDE_WEIGHTS
-]
-
-
-@contextlib.contextmanager
-def weights_only(allow_pickle: bool = False) -> Iterator[None]:
-    """Make every ``torch.load`` inside refuse files that need code to be unpickled.
-
-    It also binds libraries that would fall back to unpickling, and overrules
-    ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD``.
-
-    Args:
-        allow_pickle: Trust the file. ``SSN_ALLOW_PICKLE=1`` in the environment does the same.
-    """
-    if allow_pickle or os.environ.get(ALLOW_PICKLE, '0') not in ('', '0'):
-        with _environment(
-            {'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_WEIGHTS_ONLY_LOAD': None}
-        ):
-            yield
-        return
-    with (
-        _environment(
-            {'TORCH_FORCE_WEIGHTS_ONLY_LOAD': '1', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': None}
-        ),
-        allow_stand_ins(_STAND_INS),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str | None]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-
-    def put(pairs: dict[str, str | None]) -> None:
-        for name, value in pairs.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    put(values)
-    try:
-        yield
-    finally:
-        put(before)
-
-
-def explain_load_error(path: str, error: Exception) -> CheckpointError:
-    """Turn what ``torch.load`` raised into one line that says what is wrong with the file.
-
-    Args:
-        path: File or address.
-        error: What was raised.
-    """
-    text = ' '.join(str(error).split())
-    # A text whose first letter means such an instruction names no type, or one of several words.
-    wanted = re.search(r'GLOBAL ([\w.]*\w) (was|whose)', text)
-    if isinstance(error, pickle.UnpicklingError) and wanted and not _ends_early(path):
-        return CheckpointError(
-            f'{path}: refused, because reading it would run code: it holds a pickled {wanted[1]} '
-            f'and not weights alone; if you trust it, set {ALLOW_PICKLE}=1 or give a tool '
-            '--allow-pickle'
-        )
-    if 'invalid load key' in text or 'Unsupported operand' in text:
-        return CheckpointError(f'{path}: not a checkpoint of torch')
-    # A file that ends early makes readers of zip, pickle and storages fail in ways of their own;
-    # seeking before its beginning is one.
-    of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
-    if isinstance(error, EOFError) or not (of_disk or '://' in path):
-        return CheckpointError(f'{path}: truncated, or not a checkpoint of torch')
-    said = f'{type(error).__name__}: {text[:200]}'.removesuffix(': ')
-    return CheckpointError(f'{path}: cannot be read: {said}')
-
-
-def _ends_early(path: str) -> bool:
-    """Whether a file of torch's old format ends within its pickles, maybe amid a type's name."""
-    try:
-        with open(path, 'rb') as file:
-            if file.peek(2)[:2] == b'PK':  # a zip, which fails in another way
-                return False
-            for _ in range(5):  # magic number, protocol, system, what was saved, keys of storages
-                for _ in pickletools.genops(file):
-                    pass
-                if not file.peek(1):
-                    break
-    except OSError:  # an address
-        return False
-    except ValueError:
-        return True
-    return False
 
 
 def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict:
@@ -159,11 +35,7 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
     if not os.path.isfile(path):
         raise CheckpointError(f'{path}: no such file (looked for from {os.getcwd()})')
     with weights_only(allow_pickle):
-        try:
-            checkpoint = torch.load(path, map_location='cpu')
-        except Exception as error:
-            # Zip reader, unpickler and storages each raise errors of their own.
-            raise explain_load_error(path, error) from error
+        checkpoint = torch.load(path, map_location='cpu')
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, expected a dict')
     return checkpoint
@@ -233,7 +105,7 @@ def _holds_stand_in(value: object) -> bool:
         value = list(value.values())
     if isinstance(value, list | tuple | set):
         return any(map(_holds_stand_in, value))
-    return isinstance(value, _Ignored)
+    return isinstance(value, Ignored)
 
 
 def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool = False) -> None:

@@ -13,17 +13,13 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.candidates import Candidates
-from ssn_plugin.checkpoint.files import (
-    explain_load_error,
-    read_checkpoint,
-    weights_in,
-    weights_only,
-)
+from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
 from ssn_plugin.checkpoint.layout import describe, our_names
 from ssn_plugin.checkpoint.matching import check_match
 from ssn_plugin.checkpoint.release import released
 from ssn_plugin.checkpoint.selection import selections
 from ssn_plugin.checkpoint.traits import told_traits, traits_of
+from ssn_plugin.checkpoint.unpickling import explain_load_error, weights_only
 from ssn_plugin.errors import CheckpointError
 
 

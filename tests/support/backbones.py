@@ -112,15 +112,3 @@ def as_segmentor(state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
     norm = nn.BatchNorm2d(4).state_dict()
     others |= {f'decode_head.convs.0.bn.{key}': value for key, value in norm.items()}
     return OrderedDict((f'backbone.{key}', value) for key, value in state.items()) | others
-
-
-class Marker:
-    """Pickles into a call that makes a file: what a malicious checkpoint would do."""
-
-    def __init__(self, path: object) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        import os
-
-        return os.system, (f'touch "{self.path}"',)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from backbones import (
-    Marker,
     as_detector,
     as_mmpretrain,
     as_timm,
@@ -11,6 +10,7 @@ from backbones import (
     batch_norm_network,
     build,
 )
+from pickled_code import Marker
 from released_files import released_checkpoint, released_file, released_state, save
 
 from ssn_plugin import SSN, set_radius

@@ -6,7 +6,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from backbones import Marker, batch_norm_network, build, images, pretrained
+from backbones import batch_norm_network, build, images, pretrained
+from pickled_code import Marker
 from plain_resnet import PlainResNet, relative_error
 from released_files import released_checkpoint, released_file, released_state, save
 from torch import nn

@@ -9,7 +9,6 @@ import threading
 import pytest
 import torch
 from backbones import (
-    Marker,
     as_detector,
     as_mmpretrain,
     as_timm,
@@ -22,6 +21,7 @@ from backbones import (
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
+from pickled_code import Marker
 from plain_resnet import relative_error
 from released_files import released_checkpoint, released_file, released_state, save
 

@@ -9,10 +9,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from backbones import Marker, batch_norm_network, build, images, pretrained
+from backbones import batch_norm_network, build, images, pretrained
 from mmengine.model import BaseModel, PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, Runner
+from pickled_code import Marker
 from plain_resnet import PlainResNet, relative_error, sn_ratios, ssn_ratios
 from released_files import layers, released_checkpoint, released_file, released_state, save
 from torch import nn
