@@ -16,6 +16,13 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
+def loading(monkeypatch):
+    """Put back what a tool that runs in this process makes of torch.load."""
+    monkeypatch.setattr(torch, 'load', torch.load)
+    monkeypatch.setattr(torch.serialization, 'load', torch.serialization.load)
+
+
+@pytest.fixture(autouse=True)
 def threads(request):
     """One thread unless a test trains a model.
 

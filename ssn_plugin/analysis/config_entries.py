@@ -1,7 +1,9 @@
 """Finds in a config, read as nested dicts, what it names: data sets, weights and norm layers."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 
 def type_name(entry: Mapping) -> str:
@@ -50,26 +52,70 @@ def data_folders(dataset: Mapping) -> list[str]:
     return [os.path.join(root, name) for name in names if isinstance(name, str) and name]
 
 
-def pretrained_in(node: object, key: str) -> Iterator[tuple[str, str, str]]:
-    """The weights that a config names, by ``init_cfg``, which may be a list, or ``pretrained``.
+def is_remote(entry: Mapping, path: str) -> bool:
+    """Whether an entry reads a path from elsewhere than the disk, as its backend says.
+
+    Args:
+        entry: Of a data set or an evaluator.
+        path: A file or folder that it reads.
+
+    Example:
+        >>> from ssn_plugin.analysis.config_entries import is_remote
+        >>> is_remote({'backend_args': {'backend': 'petrel'}}, 'data/img')
+        True
+        >>> is_remote({'backend_args': {'backend': 'local'}}, 'data/img')
+        False
+    """
+    backend = entry.get('backend_args') or entry.get('file_client_args') or {}
+    return '://' in path or backend.get('backend', 'disk') not in ('local', 'disk')
+
+
+class NamedCheckpoint(NamedTuple):
+    """A file of weights that a config names.
+
+    Attributes:
+        key: Place of its name.
+        switch: Place of what to set to None to do without.
+        path: The name: a file, or an address that mmengine knows.
+        initial: Whether a training starts from it; else it is read when the model is built.
+    """
+
+    key: str
+    switch: str
+    path: str
+    initial: bool
+
+
+def checkpoints_in(node: object, key: str) -> Iterator[NamedCheckpoint]:
+    """The weights that a config names: by ``init_cfg``, ``pretrained`` or in any other entry.
 
     Args:
         node: A piece of the config.
         key: Its place.
 
-    Yields:
-        Place of the file's name, place of what to set to None to do without, and the name.
+    Example:
+        >>> from ssn_plugin.analysis.config_entries import checkpoints_in
+        >>> [entry.key for entry in checkpoints_in({'teacher_ckpt': 'gfl.pth'}, 'model')]
+        ['model.teacher_ckpt']
     """
     if isinstance(node, Mapping):
-        if isinstance(node.get('pretrained'), str):
-            yield f'{key}.pretrained', f'{key}.pretrained', node['pretrained']
-        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
-            yield f'{key}.checkpoint', key, node['checkpoint']
+        pretrained = type_name(node) in ('Pretrained', 'PretrainedInit')
         for name, child in node.items():
-            yield from pretrained_in(child, f'{key}.{name}')
+            place = f'{key}.{name}'
+            if not isinstance(child, str):
+                yield from checkpoints_in(child, place)
+            elif pretrained and name == 'checkpoint':
+                yield NamedCheckpoint(place, key, child, True)
+            elif name == 'pretrained' or _names_weights(name, child):
+                yield NamedCheckpoint(place, place, child, name == 'pretrained')
     elif isinstance(node, list | tuple):
         for index, child in enumerate(node):
-            yield from pretrained_in(child, f'{key}.{index}')
+            yield from checkpoints_in(child, f'{key}.{index}')
+
+
+def _names_weights(name: str, value: str) -> bool:
+    ends = value.endswith(('.pth', '.pt', '.ckpt', '.pth.tar'))
+    return ends or ('://' in value and re.search('ckpt|checkpoint|pretrained', name) is not None)
 
 
 def norm_configs(node: object, key: str) -> Iterator[tuple[str, Mapping]]:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from ssn_plugin.analysis.config_entries import (
     as_list,
+    checkpoints_in,
     datasets_of,
     norm_configs,
-    pretrained_in,
     type_name,
 )
 from ssn_plugin.ops.sparsestmax import circumradius
@@ -85,7 +85,7 @@ def _model(config: Mapping) -> Iterator[tuple[str, str]]:
             for name, head in part.items():
                 if name.endswith('head') and isinstance(head, Mapping) and 'type' in head:
                     yield f'{key}.{name}', type_name(head)
-    for _, key, checkpoint in pretrained_in(model, 'model'):
+    for _, key, checkpoint, _ in checkpoints_in(model, 'model'):
         part = re.sub(r'\.(init_cfg(\.\d+)?|pretrained)$', '', key)
         yield f'weights of {part}', checkpoint
     if config.get('load_from'):

@@ -8,7 +8,7 @@ import os
 
 from mmengine.config import Config
 
-from ssn_plugin.analysis.config_entries import data_folders, datasets_of
+from ssn_plugin.analysis.config_entries import data_folders, datasets_of, is_remote
 from ssn_plugin.errors import InputError
 
 
@@ -54,8 +54,9 @@ def _folders_of_classes(dataset: dict) -> list[str]:
     kind = str(dataset.get('type')).rsplit('.', 1)[-1]
     if kind not in ('CustomDataset', 'ImageNet') or dataset.get('ann_file'):
         return []
-    if dataset.get('with_label') is False or dataset.get('backend_args'):
+    root = str(dataset.get('data_root') or '')
+    if dataset.get('with_label') is False or is_remote(dataset, root):
         return []
-    lists = os.path.join(str(dataset.get('data_root') or ''), 'meta', f'{dataset.get("split")}.txt')
+    lists = os.path.join(root, 'meta', f'{dataset.get("split")}.txt')
     # Where ImageNet has this list of files it needs no class folders.
     return [] if kind == 'ImageNet' and os.path.exists(lists) else data_folders(dataset)

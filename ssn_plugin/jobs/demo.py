@@ -10,10 +10,11 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from ssn_plugin.analysis.layer_ratios import layer_ratios
+from ssn_plugin.checkpoint.unpickling import refuse_code
 from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.clone import CLONE, import_demo_data
 from ssn_plugin.jobs.configs import load_config
-from ssn_plugin.jobs.framework_script import allow_runner_checkpoints, host_script
+from ssn_plugin.jobs.framework_script import host_script
 from ssn_plugin.jobs.preflight import check_work_dir
 from ssn_plugin.layers.radius import undecided_layers
 
@@ -84,7 +85,7 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
         InputError: If there is no clone of the repository, a part of the framework is missing or
             a folder cannot be written to.
     """
-    allow_runner_checkpoints()
+    refuse_code()
     demo = TASKS[task]
     try:
         demo_data = import_demo_data()

@@ -10,13 +10,16 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
+from ssn_plugin.checkpoint.unpickling import refuse_code
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.class_folders import check_class_folders
 from ssn_plugin.jobs.configs import load_config
+from ssn_plugin.jobs.last_checkpoint import last_checkpoint
 from ssn_plugin.jobs.preflight import (
     check_checkpoint,
     check_checkpoints,
     check_data,
+    check_resumable,
     check_work_dir,
 )
 from ssn_plugin.jobs.processes import join_processes, leave_processes
@@ -121,7 +124,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     Raises:
         InputError: If something is missing.
     """
-    allow_runner_checkpoints()
+    refuse_code()
     config = load_config(args.config, args.cfg_options)
     if args.amp and get_device() == 'cpu':
         raise InputError("--amp: got no GPU, expected one: mmengine's AmpOptimWrapper needs it")
@@ -130,9 +133,9 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
         check_data(config, split)
     check_class_folders(config, ('train', 'val'))
     work_dir = _work_dir(args, config)
-    resumed = _latest(work_dir) if args.resume == 'auto' else args.resume
+    resumed = _resumed(args, config, work_dir)
     if resumed is not None:
-        check_checkpoint('resume', resumed)
+        check_resumable(resumed)
     check_checkpoints(config)
     check_work_dir(work_dir)
     _run(script, join_processes(args.launcher, config, arguments))
@@ -148,10 +151,11 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     Raises:
         InputError: If something is missing.
     """
-    allow_runner_checkpoints()
+    refuse_code()
     config = load_config(args.config, args.cfg_options)
     script = host_script(config, 'test.py')
     check_checkpoint('checkpoint', args.checkpoint)
+    check_checkpoints(config, training=False)
     check_data(config, 'test')
     check_class_folders(config, ('test',))
     check_work_dir(_work_dir(args, config))
@@ -165,10 +169,17 @@ def _work_dir(args: argparse.Namespace, config: Config) -> str:
     )
 
 
-def _latest(work_dir: str) -> str | None:
-    """The checkpoint that ``--resume`` goes on from; None where a run starts anew."""
-    name = Path(work_dir, 'last_checkpoint')  # mmengine's
-    return name.read_text().strip() if name.is_file() else None
+def _resumed(args: argparse.Namespace, config: Config, work_dir: str) -> str | None:
+    """The checkpoint that the run is going to go on from; None where it starts anew."""
+    if args.resume not in (None, 'auto'):
+        return args.resume
+    if not (args.resume or config.get('resume')):
+        return None
+    # mmseg has no file to name by --resume, and leaves load_from as it is.
+    named = config.get('load_from')
+    if args.resume and config.default_scope != 'mmseg':
+        named = None
+    return named or last_checkpoint(work_dir)
 
 
 def _run(script: Path, arguments: list[str]) -> None:
@@ -177,14 +188,6 @@ def _run(script: Path, arguments: list[str]) -> None:
         runpy.run_path(str(script), run_name='__main__')
         leave_processes()
     except CheckpointError as error:
-        # Weights that do not fill the built backbone; a checkpoint that cannot be written.
+        # Weights that do not fill the built backbone, code in a file that some class reads, a
+        # checkpoint that cannot be written.
         raise InputError(str(error)) from error
-
-
-def allow_runner_checkpoints() -> None:
-    """Let mmengine read what it wrote, with the original mmengine and torch 2.6 or newer.
-
-    A Runner's checkpoint holds log histories, which ``torch.load`` refuses unless told otherwise.
-    onedl-mmengine tells it, the original mmengine could neither resume nor test.
-    """
-    os.environ.setdefault('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')

@@ -1,15 +1,18 @@
 """Checks what a config needs from the disk before a run starts: one clear line, not a trace."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config
 
 from ssn_plugin.analysis.config_entries import (
+    NamedCheckpoint,
     as_list,
+    checkpoints_in,
     data_folders,
     datasets_of,
-    pretrained_in,
+    is_remote,
     type_name,
 )
 from ssn_plugin.errors import CheckpointError, InputError
@@ -50,7 +53,8 @@ def check_data(config: Config, split: str) -> None:
     check_datasets(config, split, 'point {key}.data_root elsewhere with --cfg-options')
     for evaluator in as_list(config.get(f'{split}_evaluator')):
         path = evaluator.get('ann_file')
-        if isinstance(path, str) and not os.path.exists(path):
+        local = isinstance(path, str) and not is_remote(evaluator, path)
+        if local and not os.path.exists(path):
             raise InputError(
                 f'{split}_evaluator.ann_file: no such file: {path}; set it to the ann_file of '
                 f'{split}_dataloader.dataset with --cfg-options'
@@ -73,8 +77,8 @@ def check_datasets(config: Config, split: str, remedy: str) -> None:
         wanted = data_folders(dataset)
         if isinstance(dataset.get('ann_file'), str) and dataset['ann_file']:
             wanted = [os.path.join(root, dataset['ann_file']), *wanted]
-        for path in [] if dataset.get('backend_args') else wanted:
-            if not os.path.exists(path):
+        for path in wanted:
+            if not is_remote(dataset, path) and not os.path.exists(path):
                 raise InputError(
                     f'{key}: no such file or folder: {path} (data_root={root!r}, looked for from '
                     f'{os.getcwd()}); {_advice(dataset, path)}, or '
@@ -93,22 +97,28 @@ def _advice(dataset: dict, path: str) -> str:
     return _HOW_TO_GET.get(type_name(dataset), 'put it there')
 
 
-def check_checkpoints(config: Config) -> None:
-    """Look at the weights a run starts from: ``init_cfg``, ``pretrained`` and ``load_from``.
+def check_checkpoints(config: Config, training: bool = True) -> None:
+    """Look at the files of weights that a config names, whatever the entries are called.
 
     Each is loaded once. For a name with a scheme (``torchvision://``, ``https://``) only the first
     process of a machine does so, and the others find it in the cache.
 
     Args:
         config: The whole config.
+        training: Whether the run starts from weights; in a test only those are read that parts of
+            the model read while they are built, such as ``teacher_ckpt``.
 
     Raises:
         InputError: Naming the entry and the file, and how to get it or do without.
     """
-    wanted = list(pretrained_in(config.get('model', {}), 'model'))
-    if isinstance(config.get('load_from'), str):
-        wanted.append(('load_from', 'load_from', config.load_from))
-    for key, switch, checkpoint in wanted:
+    wanted = [
+        entry
+        for entry in checkpoints_in(config.get('model', {}), 'model')
+        if training or not entry.initial
+    ]
+    if training and isinstance(config.get('load_from'), str):
+        wanted.append(NamedCheckpoint('load_from', 'load_from', config.load_from, True))
+    for key, switch, checkpoint, _ in wanted:
         if '://' in checkpoint and int(os.environ.get('LOCAL_RANK', 0)) != 0:
             continue
         check_checkpoint(
@@ -134,6 +144,29 @@ def check_checkpoint(name: str, path: str, advice: str = '') -> None:
         load_checkpoint(path)
     except CheckpointError as error:
         raise InputError(f'{name}: {error}{advice}') from error
+
+
+def check_resumable(path: str) -> None:
+    """Load the checkpoint that a run goes on from, and see that a run has left it.
+
+    Args:
+        path: File or address.
+
+    Raises:
+        InputError: If it cannot be loaded, or lacks what mmengine goes on with.
+    """
+    try:
+        checkpoint = load_checkpoint(path)
+    except CheckpointError as error:
+        raise InputError(f'resume: {error}') from error
+    meta = checkpoint.get('meta')
+    known = {*checkpoint, *(meta if isinstance(meta, Mapping) else ())}
+    lacking = [key for key in ('state_dict', 'epoch', 'iter', 'message_hub') if key not in known]
+    if lacking:
+        raise InputError(
+            f'resume: {path}: no training can go on from it: it lacks {", ".join(lacking)}; to '
+            f'start from its weights, set load_from={path} and resume=False'
+        )
 
 
 def check_work_dir(path: str) -> None:

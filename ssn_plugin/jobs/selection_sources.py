@@ -13,6 +13,7 @@ from ssn_plugin.checkpoint.layout import shown
 from ssn_plugin.checkpoint.traits import told_candidates
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.configs import load_config
+from ssn_plugin.jobs.last_checkpoint import last_checkpoint
 from ssn_plugin.jobs.trained_model import build_model
 from ssn_plugin.models.pretrained import load_checkpoint
 
@@ -48,16 +49,12 @@ def rows_of(source: str, allow_pickle: bool = False) -> list[LayerRatios]:
 
 def _last_checkpoint(folder: Path) -> str:
     """The checkpoint that a work dir names as its last, also where the folder has been moved."""
-    note = folder / 'last_checkpoint'
-    if not note.is_file():
+    note = last_checkpoint(folder)
+    if note is None:
         raise InputError(
             f'{folder}: has no last_checkpoint, expected a work dir whose training has saved one'
         )
-    try:
-        named = Path(note.read_text().strip())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or 'it is no text'
-        raise InputError(f'{note}: cannot read it: {reason}') from error
+    named = Path(note)
     moved = folder / named.name
     return str(named if named.is_file() or not moved.is_file() else moved)
 

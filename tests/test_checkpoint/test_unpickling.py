@@ -28,8 +28,6 @@ SERIALISATION = pytest.mark.parametrize('legacy', [True, False], ids=['legacy', 
 def _environment(monkeypatch):
     for name in (*FORCES, 'SSN_ALLOW_PICKLE'):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch, 'load', torch.load)  # to be put back after a test
-    monkeypatch.setattr(torch.serialization, 'load', torch.load)
 
 
 @pytest.fixture(params=[True, False], ids=['torch', 'restricted pickle'], autouse=True)

@@ -10,6 +10,7 @@ from ssn_plugin.jobs.preflight import (
     check_checkpoint,
     check_checkpoints,
     check_data,
+    check_resumable,
     check_work_dir,
 )
 
@@ -151,6 +152,77 @@ def test_every_way_to_name_weights_is_looked_at(tmp_path):
     ):
         assert key in message_of(check_checkpoints, Config(dict(model=model)))
     check_checkpoints(Config(dict(model=dict(pretrained=None, init_cfg=dict(type='Kaiming')))))
+
+
+@pytest.mark.parametrize(
+    ('key', 'name', 'found'),
+    [
+        ('teacher_ckpt', 'none.pth', True),
+        ('diffusion_cfg.checkpoint', 'none.pt', True),
+        ('class_embed_path', 'none.pth', True),
+        ('vision_encoder_weight', 'none.pth.tar', True),
+        ('teacher_ckpt', 'unknown-address://net', True),
+        ('init_cfg.pretrained_model_path', 'unknown-address://net', True),
+        ('teacher_config', 'none.py', False),
+        ('image_url', 'https://127.0.0.1:9/image.png', False),
+    ],
+)
+def test_weights_under_any_name(tmp_path, key, name, found):
+    name = name if '://' in name else str(tmp_path / name)
+    config = Config(dict(model=dict(type='Detector')))
+    config.merge_from_dict({f'model.{key}': name})
+    for training in (True, False):  # some parts of a model read them whenever they are built
+        if found:
+            text = message_of(check_checkpoints, config, training)
+            assert f'--cfg-options model.{key}=None' in text
+        else:
+            check_checkpoints(config, training)
+
+
+def test_a_test_needs_no_initial_weights(tmp_path):
+    path = str(tmp_path / 'none.pth')
+    config = pretrained(path)
+    config.model.pretrained = config.load_from = path
+    check_checkpoints(config, training=False)
+
+
+def interrupted(**changes) -> dict:
+    meta = dict(epoch=1, iter=5) | changes.pop('meta', {})
+    return dict(meta=meta, state_dict={}, message_hub={}) | changes
+
+
+def test_what_no_training_can_go_on_from(tmp_path):
+    path = tmp_path / 'net.pth'
+    torch.save(interrupted(), path)
+    check_resumable(str(path))
+    for lacks, checkpoint in (
+        ('state_dict, epoch, iter, message_hub', {'a': torch.ones(1)}),
+        ('epoch, iter', interrupted() | {'meta': None}),
+        ('message_hub', {k: v for k, v in interrupted().items() if k != 'message_hub'}),
+    ):
+        torch.save(checkpoint, path)
+        text = message_of(check_resumable, str(path))
+        assert f'it lacks {lacks}; ' in text
+        assert f'set load_from={path} and resume=False' in text
+    assert message_of(check_resumable, str(tmp_path / 'a.pth')).startswith('resume: ')
+
+
+@pytest.mark.parametrize('entry', ['backend_args', 'file_client_args'])
+def test_data_elsewhere_are_not_looked_for_on_the_disk(tmp_path, entry):
+    config = coco(tmp_path)
+    dataset = config.train_dataloader.dataset
+    for backend in ('petrel', 'http'):
+        config.val_evaluator[entry] = dataset[entry] = dict(backend=backend)
+        config.val_dataloader = config.train_dataloader
+        check_data(config, 'train')
+        check_data(config, 'val')
+    dataset[entry] = dict(backend='local')
+    assert 'ann.json' in message_of(check_data, config, 'train')
+    del dataset[entry]
+    dataset.data_root = 's3://bucket/coco'
+    config.val_evaluator = dict(ann_file='s3://bucket/coco/ann.json')
+    check_data(config, 'train')
+    check_data(config, 'val')
 
 
 def test_data_root_that_is_no_path():
