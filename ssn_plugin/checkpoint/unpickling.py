@@ -68,16 +68,21 @@ def _inert() -> dict[str, object]:
 @functools.cache
 def _real() -> dict[str, object]:
     """The things themselves, as a run that is resumed needs them; as many as are installed."""
-    found = dict(_PLAIN)
-    for path in _BESIDE_WEIGHTS:
-        module, _, name = path.replace('numpy.core.', 'numpy._core.').rpartition('.')
-        with contextlib.suppress(ImportError):
-            found[path] = getattr(importlib.import_module(module), name)
+    found = {path: each for path in _BESIDE_WEIGHTS if (each := _installed(path))} | _PLAIN
     found[_GETATTR] = _statistic_of_a_history
     if dtype := found.get('numpy.dtype'):
         classes = {type(dtype(code)) for code in '?bBhHiIlLqQefdgFDGSUVOMm'}
         found |= {f'{each.__module__}.{each.__name__}': each for each in classes}
     return found
+
+
+def _installed(path: str) -> object | None:
+    # numpy moved the first, and keeps it as a deprecated name.
+    for place in (path.replace('.core.', '._core.'), path.replace('._core.', '.core.')):
+        module, _, name = place.rpartition('.')
+        with contextlib.suppress(ImportError):
+            return getattr(importlib.import_module(module), name)
+    return None
 
 
 def _statistic_of_a_history(owner: object, name: object) -> Callable:
