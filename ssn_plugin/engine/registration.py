@@ -7,7 +7,11 @@ from mmengine.fileio import register_backend
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.runner import CheckpointLoader
 
-from ssn_plugin.engine.checkpoint_schemes import load_from_bn2ssn, load_from_sn2ssn
+from ssn_plugin.engine.checkpoint_schemes import (
+    load_from_bn2ssn,
+    load_from_named_bn,
+    load_from_sn2ssn,
+)
 from ssn_plugin.engine.hooks.checkpoint_hook import SSNCheckpointHook
 from ssn_plugin.engine.hooks.precise_stats_hook import PreciseStatsHook
 from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
@@ -21,10 +25,13 @@ from ssn_plugin.layers.sync_ssn import SyncSSN
 from ssn_plugin.models.collapsed_model import NAME as COLLAPSED
 from ssn_plugin.models.collapsed_model import build_collapsed_ssn
 from ssn_plugin.models.dropout_head import build_dropout_linear_cls_head
+from ssn_plugin.models.named_bn import GNNamedBN, SNNamedBN, SSNNamedBN, SyncSSNNamedBN
 from ssn_plugin.models.resnet import build_ssn_resnet
 
 for _layer in (SSN, SSN1d, SSN2d, SSN3d, SyncSSN, SN):
     MODELS.register_module(name=_layer.__name__, module=_layer)
+for _named in (SSNNamedBN, SyncSSNNamedBN, SNNamedBN, GNNamedBN):
+    MODELS.register_module(module=_named)
 MODELS.register_module(name='SSNResNet', module=build_ssn_resnet)
 MODELS.register_module(name='DropoutLinearClsHead', module=build_dropout_linear_cls_head)
 MODELS.register_module(name=COLLAPSED, module=build_collapsed_ssn)
@@ -33,4 +40,5 @@ for _hook in (SSNRadiusHook, SSNRatioHook, SSNResumeHook, SSNCheckpointHook, Pre
 OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=SSNOptimWrapperConstructor)
 CheckpointLoader.register_scheme('bn2ssn://', load_from_bn2ssn)
 CheckpointLoader.register_scheme('sn2ssn://', load_from_sn2ssn)
+CheckpointLoader.register_scheme('named_bn://', load_from_named_bn)
 register_backend('whole_file', WholeFileBackend)

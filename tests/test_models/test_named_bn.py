@@ -1,0 +1,87 @@
+"""The norms that a ConvModule calls ``bn``, and the weights in names that go with them."""
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
+from mmengine.runner import CheckpointLoader
+from released_files import released_file, released_state
+from torch import nn
+
+import ssn_plugin
+from ssn_plugin.errors import CheckpointError
+
+mmcv_cnn = pytest.importorskip('mmcv.cnn')
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        ('SSNNamedBN', ssn_plugin.SSN),
+        ('SyncSSNNamedBN', ssn_plugin.SyncSSN),
+        ('SNNamedBN', ssn_plugin.SN),
+        ('GNNamedBN', nn.GroupNorm),
+    ],
+)
+@pytest.mark.parametrize('dims', [2, 3])
+def test_a_conv_module_calls_it_bn(name, kind, dims):
+    conv_cfg = dict(type=f'Conv{dims}d')
+    module = mmcv_cnn.ConvModule(
+        3, 32, 3, conv_cfg=conv_cfg, norm_cfg=dict(type=name, eps=1e-3, requires_grad=False)
+    )
+    assert type(module.bn) is kind  # the layer itself: what asks for its type finds it
+    assert module.bn.eps == 1e-3
+    assert not module.bn.weight.requires_grad
+    assert module(torch.randn(2, 3, *[6] * dims)).shape == (2, 32, *[4] * dims)
+
+
+def test_arguments_reach_the_layer():
+    layer = MODELS.build(dict(type='SSNNamedBN', num_features=8, normalizers=('IN', 'LN')))
+    assert layer.normalizers == ('IN', 'LN')
+    assert MODELS.build(dict(type='GNNamedBN', num_features=8, num_groups=2)).num_groups == 2
+    with pytest.raises(TypeError, match='norms'):
+        MODELS.build(dict(type='SSNNamedBN', num_features=8, norms=3))
+
+
+def test_weights_in_names_and_shapes_of_torchvision(tmp_path):
+    state = released_state()
+    path = released_file(tmp_path / 'net.pth')
+    found = CheckpointLoader.load_checkpoint(f'named_bn://{path}')['state_dict']
+    assert len(found) == len([key for key in state if not key.startswith('fc.')])
+    for key, value in found.items():
+        theirs = state[key.replace('bn', 'sn')]
+        assert torch.equal(value.flatten(), theirs.flatten()), key
+    assert found['bn1.weight'].shape == found['bn1.running_var'].shape == (8,)
+    assert found['layer2.0.downsample.1.bias'].shape == (16,)
+    assert found['layer1.0.bn2.mean_fixed'].shape == found['layer1.0.bn2.radius'].shape == ()
+    assert found['layer1.0.conv2.weight'].shape == (8, 8, 3, 3)
+    assert not any('sn' in key for key in found)
+
+
+def test_conversions_one_after_the_other(tmp_path):
+    layer = nn.BatchNorm2d(4).state_dict()
+    layer['weight'] = torch.randn(4)
+    state = {'layer1.0.conv1.weight': torch.randn(4, 4, 3, 3)}
+    torch.save(state | {f'layer1.0.bn1.{k}': v for k, v in layer.items()}, tmp_path / 'bn.pth')
+    address = f'named_bn://bn2ssn://{tmp_path / "bn.pth"}'
+    found = CheckpointLoader.load_checkpoint(address)['state_dict']
+    assert torch.equal(found['layer1.0.bn1.weight'], layer['weight'])
+    torch.testing.assert_close(found['layer1.0.bn1.var_weight'], torch.tensor([0.05, 0.05, 0.9]))
+
+
+def test_a_file_without_a_resnet_is_refused(tmp_path):
+    torch.save({'weight': torch.ones(1)}, tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match='no ResNet'):
+        CheckpointLoader.load_checkpoint(f'named_bn://{tmp_path / "other.pth"}')
+
+
+def test_a_file_of_conv_modules_says_what_it_fills(tmp_path, caplog):
+    """mmaction2's networks: 2-D or 3-D convolutions under conv1.conv, norms under conv1.bn."""
+    state = {'layer1.0.conv1.conv.weight': torch.randn(4, 4, 3, 3, 3)}
+    layer = nn.BatchNorm3d(4).state_dict()
+    torch.save(state | {f'layer1.0.conv1.bn.{k}': v for k, v in layer.items()}, tmp_path / 'b.pth')
+    MMLogger.get_instance('named_bn').addHandler(caplog.handler)
+    found = CheckpointLoader.load_checkpoint(f'bn2ssn://{tmp_path / "b.pth"}')['state_dict']
+    assert 'SSNNamedBN' in caplog.text
+    own = ssn_plugin.SSN(4).state_dict()
+    assert {key.rpartition('.')[2] for key in found if '.bn.' in key} == set(own)
