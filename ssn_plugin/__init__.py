@@ -27,7 +27,11 @@ from ssn_plugin.training import (
 )
 from ssn_plugin.version import __version__
 
-if find_spec('mmengine'):  # the layers and functions need torch alone
+try:
+    _has_mmengine = find_spec('mmengine') is not None
+except ModuleNotFoundError:  # where an import hook hides it
+    _has_mmengine = False
+if _has_mmengine:  # the layers and functions need torch alone
     from ssn_plugin.engine import registration as _registration  # noqa: F401  (by being imported)
 
 __all__ = [

@@ -120,6 +120,27 @@ sys.meta_path.insert(0, Missing())
 """
 
 
+def test_torch_alone_is_enough_for_layers_and_functions():
+    missing = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'numpy', 'rich', 'matplotlib', 'triton')
+    result = run(
+        WITHOUT.format(names=missing) + 'import torch\n'
+        'from ssn_plugin import *\n'
+        'model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SSN(8), SN(8))\n'
+        'x = torch.randn(2, 3, 6, 6)\n'
+        'model(x).square().sum().backward()\n'
+        'ratios = sparsestmax(torch.randn(3), 0.9)\n'
+        'assert switchable_norm(torch.randn(2, 4, 3, 3), ratios, ratios).shape == (2, 4, 3, 3)\n'
+        'assert undecided_layers(model) == ["1"]\n'
+        'set_radius(model, 1.0)\n'
+        'assert not undecided_layers(model)\n'
+        'expected = model.eval()(x)\n'
+        'collapse_ssn(model)\n'
+        'assert not isinstance(model[1], SSN)\n'
+        'torch.testing.assert_close(model(x), expected)\n'
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_package_imports_and_registers_on_mmengine_alone():
     missing = ('mmdet', 'mmseg', 'mmpretrain', 'triton', 'skimage', 'matplotlib')
     result = run(
