@@ -48,7 +48,7 @@ class BuildWithMim(build_py):
                 shutil.copyfile(source, target / name)
 
 
-# torch alone is required. The host framework exists as two families of distributions, onedl-* and
+# torch alone is required. The framework exists as two families of distributions, onedl-* and
 # the original ones, with the same import names: to require one would make pip write it over the
 # other. So it is asked for by extra, `det` and `seg` (onedl) or `original`, or is there already.
 # mmcv compiles its ops only with torch in place and --no-build-isolation: `make setup` sees to it.

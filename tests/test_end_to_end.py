@@ -184,7 +184,7 @@ def collapsed(trained, folder) -> tuple[Path, Path]:
 
 
 def test_the_collapsed_model_tests_the_same(trained, collapsed, folder, tmp_path):
-    """By the host's own script."""
+    """By the framework's own script."""
     scope, work_dir = trained
     validated = [record for record in scalars(work_dir) if METRICS[scope][0] in record][-1]
     stock = Path(__import__(scope).__file__).parent / '.mim/tools/test.py'

@@ -346,7 +346,7 @@ class Environment:
         self.pip('install', *torch_requirement(self.family))
 
     def install_family(self) -> None:
-        """Install the host framework, mmcv with its ops where they are needed."""
+        """Install the framework, mmcv with its ops where they are needed."""
         pins = ROOT / 'requirements' / f'{self.family}.txt'
         name = FAMILIES[self.family].mmcv
         lines = pins.read_text().splitlines()

@@ -10,7 +10,7 @@ import torch
 from ssn_plugin.version import __version__
 
 # The maintained distribution before the original one of the same import name.
-_HOSTS = {
+_FRAMEWORKS = {
     'mmengine': ('onedl-mmengine', 'mmengine'),
     'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite'),
     'mmdet': ('onedl-mmdetection', 'mmdet'),
@@ -20,7 +20,7 @@ _HOSTS = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, torch, Python and the host packages that are installed.
+    """Versions of this package, torch, Python, the installed frameworks and the device.
 
     Nothing is imported for it.
 
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
         'torch': torch.__version__,
         'python': platform.python_version(),
     }
-    for name, distributions in _HOSTS.items():
+    for name, distributions in _FRAMEWORKS.items():
         for distribution in distributions:
             try:
                 found[name] = f'{version(distribution)} ({distribution})'

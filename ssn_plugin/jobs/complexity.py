@@ -36,7 +36,7 @@ class Complexity(NamedTuple):
 
 @torch.no_grad()
 def complexity_of(model: nn.Module, batch: dict) -> Complexity:
-    """Count by ``mmengine.analysis.get_model_complexity_info``, as the hosts' own tools do.
+    """Count by ``mmengine.analysis.get_model_complexity_info``, as the frameworks' own tools do.
 
     It counts convolutions, matrix products and torch's normalization layers: 5 per number for
     statistics of the input, 2 for batch norm in evaluation, one less without weight and bias. Of

@@ -14,7 +14,7 @@ from ssn_plugin.checkpoint.unpickling import refuse_code
 from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.clone import CLONE, import_demo_data
 from ssn_plugin.jobs.configs import load_config
-from ssn_plugin.jobs.framework_script import host_script
+from ssn_plugin.jobs.framework_script import framework_script
 from ssn_plugin.jobs.preflight import check_work_dir
 from ssn_plugin.layers.radius import undecided_layers
 
@@ -90,7 +90,7 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
     try:
         demo_data = import_demo_data()
         config = load_config(str(CLONE / demo.config))
-        host_script(config, 'train.py')  # complains where the framework is missing
+        framework_script(config, 'train.py')  # complains where the framework is missing
         check_work_dir(str(work_dir))
         demo_data.make_demo_dataset(DATA_ROOT)
     except (ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Runs the host framework's own train and test scripts on a config, once its inputs are checked."""
+"""Runs the framework's own train and test scripts on a config, once its inputs are checked."""
 
 import argparse
 import importlib.util
@@ -31,7 +31,7 @@ _DISTRIBUTIONS = {
 }
 
 
-def host_script(config: Config, name: str) -> Path:
+def framework_script(config: Config, name: str) -> Path:
     """The script of mmdet, mmseg or mmpretrain that a config is for, by its ``default_scope``.
 
     Args:
@@ -65,7 +65,7 @@ class _Options(DictAction):
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of training; all but ``config`` and ``--cfg-options`` are the host's.
+    """The arguments of training; all but ``config`` and ``--cfg-options`` are the framework's.
 
     Args:
         parser: Gets them.
@@ -85,7 +85,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_test_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of testing; all but ``config`` and ``--cfg-options`` are the host's.
+    """The arguments of testing; all but ``config`` and ``--cfg-options`` are the framework's.
 
     Args:
         parser: Gets them.
@@ -100,7 +100,8 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    # Declared so that their values are not taken for positional arguments; the host parses again.
+    # The framework's script parses them again. They are declared here so that their values are not
+    # taken for positional arguments.
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument(
@@ -115,11 +116,11 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace, arguments: list[str]) -> None:
-    """Check config, data and weights, then train by the host's ``tools/train.py``.
+    """Check config, data and weights, then train by the framework's ``tools/train.py``.
 
     Args:
         args: What :func:`add_train_arguments` parsed.
-        arguments: The whole command line for the host's script.
+        arguments: The whole command line for the framework's script.
 
     Raises:
         InputError: If something is missing.
@@ -128,7 +129,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     config = load_config(args.config, args.cfg_options)
     if args.amp and get_device() == 'cpu':
         raise InputError("--amp: got no GPU, expected one: mmengine's AmpOptimWrapper needs it")
-    script = host_script(config, 'train.py')
+    script = framework_script(config, 'train.py')
     for split in ('train', 'val'):
         check_data(config, split)
     check_class_folders(config, ('train', 'val'))
@@ -142,18 +143,18 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def test(args: argparse.Namespace, arguments: list[str]) -> None:
-    """Check config, checkpoint and data, then evaluate by the host's ``tools/test.py``.
+    """Check config, checkpoint and data, then evaluate by the framework's ``tools/test.py``.
 
     Args:
         args: What :func:`add_test_arguments` parsed.
-        arguments: The whole command line for the host's script.
+        arguments: The whole command line for the framework's script.
 
     Raises:
         InputError: If something is missing.
     """
     refuse_code()
     config = load_config(args.config, args.cfg_options)
-    script = host_script(config, 'test.py')
+    script = framework_script(config, 'test.py')
     check_checkpoint('checkpoint', args.checkpoint)
     check_checkpoints(config, training=False)
     check_data(config, 'test')
@@ -163,7 +164,7 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _work_dir(args: argparse.Namespace, config: Config) -> str:
-    """The folder the host's script is going to choose."""
+    """The folder the framework's script is going to choose."""
     return (
         args.work_dir or config.get('work_dir') or os.path.join('work_dirs', Path(args.config).stem)
     )

@@ -1,4 +1,4 @@
-"""Several processes for the host's scripts: a check on GPUs, a process group of gloo on the CPU.
+"""Several processes for the scripts of a framework: checked on GPUs, by gloo on the CPU.
 
 mmengine's launcher selects a CUDA device in every process and wraps the model for it, so without a
 GPU it fails. A process group that exists already and a wrapper without devices are all it lacks.
@@ -18,7 +18,7 @@ _WRAPPER = 'MMDistributedDataParallel'
 
 
 def join_processes(launcher: str, config: Config, arguments: list[str]) -> list[str]:
-    """Prepare this process for the launcher of a host's script.
+    """Prepare this process for the launcher of a framework's script.
 
     Args:
         launcher: The script's ``--launcher``.

@@ -1,1 +1,1 @@
-"""Backbones and a classifier head for the hosts, each of which is imported only when used."""
+"""Backbones and a classifier head for the frameworks, each of which is imported only when used."""

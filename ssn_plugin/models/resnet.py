@@ -1,4 +1,4 @@
-"""SSNResNet: the host's ResNet, made that of the released SSN weights; and the choice of host."""
+"""SSNResNet: the ResNet of a framework, made that of the released SSN weights."""
 
 import importlib.util
 
@@ -14,25 +14,26 @@ from ssn_plugin.models.pretrained import (
     without_pretrained,
 )
 
-_HOSTS = ('mmdet', 'mmseg', 'mmpretrain')
+_FRAMEWORKS = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 class SSNResNetMixin:
-    """Turns a host's ResNet into the one the released SSN weights were trained with.
+    """Turns a framework's ResNet into the one the released SSN weights were trained with.
 
     The stem pools by ``MaxPool2d(3, stride=2, padding=0, ceil_mode=True)``, one pixel off the usual
-    one, and ``norm_eval`` reaches SSN, which the hosts' check for BatchNorm skips. Stages frozen by
-    ``frozen_stages`` keep their ratios: ``set_radius`` leaves layers without gradient alone.
+    one, and ``norm_eval`` reaches SSN, which the framework's check for BatchNorm skips. Stages
+    frozen by ``frozen_stages`` keep their ratios: ``set_radius`` leaves layers without gradient
+    alone.
 
     ``init_cfg=dict(type='Pretrained', checkpoint=FILE)`` must fill the whole backbone: a missing,
     unexpected or misshapen key is an error, where mmengine logs a warning and leaves the layer
     random. The classifier of the file (``fc``) and stages beyond ``num_stages`` are left out.
 
     Args:
-        norm_cfg: As in the host, ``dict(type='SSN')`` unless given.
+        norm_cfg: As in the framework, ``dict(type='SSN')`` unless given.
         stem_padding: 0 for the stem pool above; 1 for that of every other ResNet, which weights
             made with BatchNorm (``bn2ssn://``) need.
-        **kwargs: As in the host.
+        **kwargs: As in the framework.
 
     Raises:
         ValueError: If ``stem_padding`` is not 0 or 1.
@@ -50,7 +51,7 @@ class SSNResNetMixin:
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=stem_padding, ceil_mode=stem_padding == 0)
 
     def init_weights(self) -> None:
-        """As the host's, after every key of a pretrained checkpoint has been accounted for."""
+        """As the framework's, after every key of a pretrained checkpoint has been accounted for."""
         entries = [] if self._is_init else list(pretrained_entries(self.init_cfg))
         found = [checked_weights(self, entry) for entry in entries]
         init_cfg, self.init_cfg = self.init_cfg, without_pretrained(self.init_cfg)
@@ -63,7 +64,7 @@ class SSNResNetMixin:
             print_log(line, logger='current')
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As the host's ResNet, with ``norm_eval`` for SSN and SN.
+        """As the framework's ResNet, with ``norm_eval`` for SSN and SN.
 
         Args:
             mode: Whether to train.
@@ -104,9 +105,12 @@ def build_ssn_resnet(**kwargs) -> nn.Module:
     """
     current = DefaultScope.get_current_instance()
     scope = None if current is None else current.scope_name
-    if scope not in _HOSTS:
+    if scope not in _FRAMEWORKS:
         # Code that builds a backbone by hand may have set no scope.
-        scope = next((host for host in _HOSTS if importlib.util.find_spec(host)), _HOSTS[0])
+        scope = next(
+            (framework for framework in _FRAMEWORKS if importlib.util.find_spec(framework)),
+            _FRAMEWORKS[0],
+        )
     if scope == 'mmseg':
         from ssn_plugin.models.mmseg_resnet import SSNResNet
     elif scope == 'mmpretrain':

@@ -1,4 +1,4 @@
-"""Narrow ResNets of the host frameworks, and files in which others keep the same networks."""
+"""Narrow ResNets of the frameworks, and files in which others keep the same networks."""
 
 from collections import OrderedDict
 
@@ -8,11 +8,11 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 
-def build(host: str, kind: str = 'SSNResNet', **kwargs) -> nn.Module:
+def build(framework: str, kind: str = 'SSNResNet', **kwargs) -> nn.Module:
     """A narrow backbone, ResNet-18 unless told otherwise, in the scope of a codebase."""
-    pytest.importorskip(host)
+    pytest.importorskip(framework)
     kwargs = dict(depth=18, base_channels=8, stem_channels=8, norm_eval=False) | kwargs
-    with DefaultScope.overwrite_default_scope(host):
+    with DefaultScope.overwrite_default_scope(framework):
         return MODELS.build(dict(type=kind, **kwargs))
 
 
@@ -26,9 +26,9 @@ def images(count: int = 2, size: int = 64, seed: int = 5) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def batch_norm_network(host: str, seed: int = 1, **kwargs) -> nn.Module:
+def batch_norm_network(framework: str, seed: int = 1, **kwargs) -> nn.Module:
     """The stock ResNet with BatchNorm of a codebase, with weights of a network that has trained."""
-    model = build(host, 'ResNet', norm_cfg=dict(type='BN'), **kwargs)
+    model = build(framework, 'ResNet', norm_cfg=dict(type='BN'), **kwargs)
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         noise = torch.rand(tensor.shape, generator=generator)

@@ -66,14 +66,14 @@ def norms_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, SSN)}
 
 
-def ssn_networks(host, file, state, **kwargs):
+def ssn_networks(framework, file, state, **kwargs):
     """SSNResNet and the stock ResNet with SSN, from one file."""
     path = save({'state_dict': state}, file)
     for kind in ('SSNResNet', 'ResNet'):
         arguments = dict(kwargs, norm_cfg=dict(type='SSN'), init_cfg=pretrained(path))
         if kind == 'SSNResNet':
             arguments['stem_padding'] = 1
-        model = build(host, kind, **arguments)
+        model = build(framework, kind, **arguments)
         model.init_weights()
         model.eval()
         yield model
@@ -82,14 +82,14 @@ def ssn_networks(host, file, state, **kwargs):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_an_exact_copy_of_every_layout(tmp_path, layout):
     """Measured: at most 3e-6 of the largest output."""
-    host, rename, kwargs = LAYOUTS[layout]
-    pytest.importorskip(host)
-    network = batch_norm_network(host, **kwargs)
+    framework, rename, kwargs = LAYOUTS[layout]
+    pytest.importorskip(framework)
+    network = batch_norm_network(framework, **kwargs)
     state = batch_norm_to_ssn(of_file(rename(network.state_dict())), 'net.pth', 1, fix=True)
     x = images()
     with torch.no_grad():
         expected = network(x)
-    for model in ssn_networks(host, tmp_path / 'net.pth', state, **kwargs):
+    for model in ssn_networks(framework, tmp_path / 'net.pth', state, **kwargs):
         for norm in norms_of(model).values():
             assert norm.selected == ('BN', 'BN')
             assert (int(norm.mean_fixed), int(norm.var_fixed)) == (1, 1)

@@ -402,7 +402,7 @@ def test_wrong_pairs(pairs, message):
         assert torch.equal(value, before[key])
 
 
-# Networks of the host frameworks
+# Networks of the frameworks
 
 
 def network(scope: str, config: str) -> nn.Module:

@@ -55,8 +55,8 @@ def log():
     return lines
 
 
-def loaded(address, host='mmdet', kind='SSNResNet', **kwargs):
-    model = build(host, kind, **kwargs, init_cfg=pretrained(address))
+def loaded(address, framework='mmdet', kind='SSNResNet', **kwargs):
+    model = build(framework, kind, **kwargs, init_cfg=pretrained(address))
     model.init_weights()
     return model
 
@@ -79,14 +79,14 @@ def assert_warm(model, state, ratio=0.9):
 # ---------------------------------------------------------------- bn2ssn://
 
 
-@pytest.mark.parametrize('host', ['mmdet', 'mmseg'])
+@pytest.mark.parametrize('framework', ['mmdet', 'mmseg'])
 @pytest.mark.parametrize('rename', [as_torchvision, as_timm, as_mmpretrain, as_detector])
 @pytest.mark.parametrize('kind', ['SSNResNet', 'ResNet'])
-def test_a_file_with_batch_norm_in_any_config(host, file, network, rename, kind):
-    pytest.importorskip(host)
+def test_a_file_with_batch_norm_in_any_config(framework, file, network, rename, kind):
+    pytest.importorskip(framework)
     path = save({'state_dict': rename(network.state_dict())}, file)
     kwargs = dict(stem_padding=1) if kind == 'SSNResNet' else dict()
-    model = loaded(f'bn2ssn://{path}', host, kind, norm_cfg=dict(type='SSN'), **kwargs)
+    model = loaded(f'bn2ssn://{path}', framework, kind, norm_cfg=dict(type='SSN'), **kwargs)
     assert_warm(model, network.state_dict())
 
 
@@ -233,16 +233,16 @@ def test_strange_metadata(file, log, meta):
     assert [text for level, text in log if level == 'WARNING'] == []
 
 
-@pytest.mark.parametrize('host', ['mmdet', 'mmseg'])
+@pytest.mark.parametrize('framework', ['mmdet', 'mmseg'])
 @pytest.mark.parametrize('padding', [2, -1, 0.5, '1', None, (1, 1)])
-def test_invalid_stem_padding(host, padding):
+def test_invalid_stem_padding(framework, padding):
     with pytest.raises(ValueError, match=r'^stem_padding: got .*, expected 0 or 1$'):
-        build(host, stem_padding=padding)
+        build(framework, stem_padding=padding)
 
 
 @pytest.mark.parametrize('deep', [False, True])
 def test_the_two_stems(deep):
-    """The pool is that of the release, or that of the host."""
+    """The pool is that of the release, or that of the framework."""
     released = build('mmdet', deep_stem=deep)
     usual = build('mmdet', deep_stem=deep, stem_padding=1)
     stock = build('mmdet', 'ResNet', deep_stem=deep, norm_cfg=dict(type='SSN'))

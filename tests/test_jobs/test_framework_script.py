@@ -1,4 +1,4 @@
-"""The host's own scripts are found by a config's scope; tools end in one line and exit code 1."""
+"""A config's scope tells whose scripts run; tools end in one line and exit code 1."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from ssn_plugin.errors import InputError
-from ssn_plugin.jobs.framework_script import host_script
+from ssn_plugin.jobs.framework_script import framework_script
 
 ROOT = Path(__file__).parents[2]
 CONFIG = 'configs/coco/mask-rcnn_r50_fpn_ssn-all_2x_coco.py'
@@ -24,7 +24,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
 @pytest.mark.parametrize('name', ['train.py', 'test.py'])
 def test_scripts_of_both_hosts(scope, name):
-    script = host_script(Config(dict(default_scope=scope)), name)
+    script = framework_script(Config(dict(default_scope=scope)), name)
     assert script.is_file()
     assert scope in script.parts
 
@@ -32,7 +32,7 @@ def test_scripts_of_both_hosts(scope, name):
 @pytest.mark.parametrize('scope', [None, 'mmpose'])
 def test_other_scopes_are_refused(scope):
     with pytest.raises(InputError, match='default_scope'):
-        host_script(Config(dict(default_scope=scope)), 'train.py')
+        framework_script(Config(dict(default_scope=scope)), 'train.py')
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_bad_command_lines(arguments, code, said):
 def test_missing_host_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(InputError, match='mmpretrain is not installed: pip install onedl-mmpret'):
-        host_script(Config(dict(default_scope='mmpretrain')), 'train.py')
+        framework_script(Config(dict(default_scope='mmpretrain')), 'train.py')
 
 
 @pytest.mark.skipif(get_device() != 'cpu', reason='there is a GPU')

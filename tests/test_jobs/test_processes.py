@@ -1,4 +1,4 @@
-"""What the host's scripts are given so that several processes run on the CPU."""
+"""What the framework's scripts are given so that several processes run on the CPU."""
 
 import pytest
 from mmengine.config import Config

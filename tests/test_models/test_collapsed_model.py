@@ -32,7 +32,7 @@ def test_the_written_config_builds_the_collapsed_model(scope):
     ]
     assert not [m for m in built.modules() if isinstance(m, SSN)]
     built.load_state_dict(collapsed.state_dict())
-    # As the hosts' --tta wraps and fills it.
+    # As the frameworks' --tta wraps and fills it.
     tta = {'mmdet': 'DetTTAModel', 'mmseg': 'SegTTAModel'}[scope]
     with DefaultScope.overwrite_default_scope(scope):
         wrapped = MODELS.build(dict(type=tta, module=again.model))

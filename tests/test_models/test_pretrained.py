@@ -33,7 +33,7 @@ FLOAT64, FLOAT32 = 1e-12, 1e-5
 
 
 @pytest.fixture(params=['mmdet', 'mmseg'])
-def host(request):
+def framework(request):
     pytest.importorskip(request.param)
     return request.param
 
@@ -43,16 +43,16 @@ def file(tmp_path):
     return tmp_path / 'net.pth'
 
 
-def loaded(host, path, **kwargs):
+def loaded(framework, path, **kwargs):
     """An SSNResNet filled from a checkpoint."""
-    model = build(host, **dict(norm_cfg=RELEASE) | kwargs, init_cfg=pretrained(path))
+    model = build(framework, **dict(norm_cfg=RELEASE) | kwargs, init_cfg=pretrained(path))
     model.init_weights()
     return model
 
 
-def message_of(host, path, **kwargs) -> str:
+def message_of(framework, path, **kwargs) -> str:
     """The one line with which init_weights refuses a checkpoint."""
-    model = build(host, **dict(norm_cfg=RELEASE) | kwargs, init_cfg=pretrained(path))
+    model = build(framework, **dict(norm_cfg=RELEASE) | kwargs, init_cfg=pretrained(path))
     with pytest.raises(CheckpointError) as caught:
         model.init_weights()
     text = str(caught.value)
@@ -82,15 +82,15 @@ def worst_error(model, plain, x, dtype, training):
 
 @pytest.mark.parametrize('depth', [18, 50])
 @pytest.mark.parametrize(
-    ('host', 'undecided', 'radius'),
+    ('framework', 'undecided', 'radius'),
     [('mmdet', *state) for state in STATES] + [('mmseg', *STATES[0]), ('mmseg', *STATES[1])],
 )
-def test_features_of_a_released_file(host, file, depth, undecided, radius):
-    pytest.importorskip(host)
+def test_features_of_a_released_file(framework, file, depth, undecided, radius):
+    pytest.importorskip(framework)
     kwargs = dict(depth=depth, undecided=undecided, radius=radius, seed=depth)
     path = released_file(file, **kwargs)
     state = released_state(**kwargs)
-    model = loaded(host, path, depth=depth)
+    model = loaded(framework, path, depth=depth)
     x = images(4, 96)
     for training in (False, True):
         reference = PlainResNet(state, training=training)
@@ -133,10 +133,10 @@ def test_the_comparison_sees_the_details_of_the_release(file):
         assert worst_error(model, expected, x, torch.float64, False)[0] > 1e-3
 
 
-def test_ratios_on_the_circle_by_definition(host, file):
+def test_ratios_on_the_circle_by_definition(framework, file):
     """Undecided layers lie on the simplex, at the radius or beyond, and nowhere nearer to z."""
     state = released_state(undecided=1.0, radius=0.6)
-    model = loaded(host, released_file(file, undecided=1.0, radius=0.6))
+    model = loaded(framework, released_file(file, undecided=1.0, radius=0.6))
     points = torch.distributions.Dirichlet(torch.full((3,), 0.5)).sample((20000,))
     points = points[(points - 1 / 3).norm(dim=1) >= 0.6]
     assert len(points) > 1000
@@ -157,10 +157,10 @@ def test_ratios_on_the_circle_by_definition(host, file):
 @pytest.mark.parametrize('legacy', [True, False], ids=['legacy', 'zip'])
 @pytest.mark.parametrize('module', [True, False], ids=['module.', 'no prefix'])
 @pytest.mark.parametrize('classifier', [True, False], ids=['fc', 'no fc'])
-def test_a_released_file_loads_as_it_is(host, file, legacy, module, classifier):
+def test_a_released_file_loads_as_it_is(framework, file, legacy, module, classifier):
     state = released_state(undecided=0.3, radius=0.5)
     path = save(released_checkpoint(state, module, classifier), file, legacy)
-    model = loaded(host, path)
+    model = loaded(framework, path)
     assert_filled(model, state)
     fixed = [bool(module.mean_fixed) for module in model.modules() if isinstance(module, SSN)]
     assert 0 < sum(fixed) < len(fixed)
@@ -177,13 +177,13 @@ def test_other_depths(file, depth):
 
 
 @pytest.mark.parametrize('entry', ['state_dict', 'model', None])
-def test_where_the_weights_lie(host, file, entry):
+def test_where_the_weights_lie(framework, file, entry):
     state = released_state()
     path = save(state if entry is None else {entry: state, 'epoch': 3, 'meta': None}, file)
-    assert_filled(loaded(host, path), state)
+    assert_filled(loaded(framework, path), state)
 
 
-def test_every_way_to_ask_for_a_checkpoint(host, file):
+def test_every_way_to_ask_for_a_checkpoint(framework, file):
     state = released_state()
     path = released_file(file)
     for kwargs in (
@@ -192,52 +192,52 @@ def test_every_way_to_ask_for_a_checkpoint(host, file):
         dict(init_cfg=pretrained(path, map_location='cpu')),
         dict(pretrained=path),
     ):
-        model = build(host, norm_cfg=RELEASE, **kwargs)
+        model = build(framework, norm_cfg=RELEASE, **kwargs)
         model.init_weights()
         assert_filled(model, state)
         broken = released_checkpoint(state)
         del broken['state_dict']['module.layer3.0.conv2.weight']
         save(broken, file)
         with pytest.raises(CheckpointError, match=r'missing layer3\.0\.conv2\.weight$'):
-            build(host, norm_cfg=RELEASE, **kwargs).init_weights()
+            build(framework, norm_cfg=RELEASE, **kwargs).init_weights()
         released_file(file)
 
 
 @pytest.mark.parametrize('module', ['', 'module.'])
 @pytest.mark.parametrize('prefix', ['backbone', 'backbone.'])
-def test_backbone_of_a_detector_by_prefix(host, file, module, prefix):
+def test_backbone_of_a_detector_by_prefix(framework, file, module, prefix):
     state = released_state()
     detector = {
         f'{module}backbone.{key}': value for key, value in state.items() if key[:3] != 'fc.'
     }
     path = save({'state_dict': detector | {f'{module}neck.weight': torch.ones(1)}}, file)
-    model = build(host, norm_cfg=RELEASE, init_cfg=pretrained(path, prefix=prefix))
+    model = build(framework, norm_cfg=RELEASE, init_cfg=pretrained(path, prefix=prefix))
     model.init_weights()
     assert_filled(model, state)
-    assert "under 'backbone.': set prefix" in message_of(host, path)
-    model = build(host, norm_cfg=RELEASE, init_cfg=pretrained(path, prefix='teacher'))
+    assert "under 'backbone.': set prefix" in message_of(framework, path)
+    model = build(framework, norm_cfg=RELEASE, init_cfg=pretrained(path, prefix='teacher'))
     with pytest.raises(CheckpointError, match="holds nothing under prefix='teacher'"):
         model.init_weights()
 
 
-def test_fewer_stages(host, file):
+def test_fewer_stages(framework, file):
     """Those that the backbone lacks are left out; within the others every key counts."""
     state = released_state()
     short = dict(num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(0, 1, 2))
-    model = loaded(host, released_file(file), **short)
+    model = loaded(framework, released_file(file), **short)
     assert_filled(model, {k: v for k, v in state.items() if not k.startswith('layer4.')})
     x = images(4, 96)
     error, _ = worst_error(model, PlainResNet(state)(x)[:3], x, torch.float64, False)
     assert error < FLOAT64
     del state['layer3.1.sn2.radius']
     save(released_checkpoint(state), file)
-    assert message_of(host, str(file), **short).endswith('missing layer3.1.sn2.radius')
+    assert message_of(framework, str(file), **short).endswith('missing layer3.1.sn2.radius')
     shorter = {k: v for k, v in released_state().items() if not k.startswith('layer4.')}
     save(released_checkpoint(shorter), file)
-    assert 'missing layer4.0.conv1.weight' in message_of(host, str(file))
+    assert 'missing layer4.0.conv1.weight' in message_of(framework, str(file))
 
 
-def test_it_is_read_once_and_loaded_once(host):
+def test_it_is_read_once_and_loaded_once(framework):
     """What is loaded is what was checked, not what a second look at the address brings."""
     state = released_state()
     reads = []
@@ -248,7 +248,7 @@ def test_it_is_read_once_and_loaded_once(host):
 
     CheckpointLoader.register_scheme('test-once://', load)
     try:
-        model = loaded(host, 'test-once://net')
+        model = loaded(framework, 'test-once://net')
         assert_filled(model, state)
         with torch.no_grad():
             model.conv1.weight.zero_()
@@ -282,12 +282,12 @@ def selection_of(model):
     return {n: m.selected for n, m in model.named_modules() if isinstance(m, SSN)}
 
 
-def test_the_pretrained_selection_stays_and_new_layers_are_decided(host, file):
-    backbone = loaded(host, released_file(file))
+def test_the_pretrained_selection_stays_and_new_layers_are_decided(framework, file):
+    backbone = loaded(framework, released_file(file))
     before = copy.deepcopy(backbone.state_dict())
     chosen = selection_of(backbone)
     assert {name for pair in chosen.values() for name in pair} == {'IN', 'LN', 'BN'}
-    with DefaultScope.overwrite_default_scope(host):
+    with DefaultScope.overwrite_default_scope(framework):
         neck = MODELS.build(
             dict(type='FPN', in_channels=[8, 16, 32, 64], out_channels=8, num_outs=4,
                  norm_cfg=dict(type='SSN'))
@@ -389,27 +389,27 @@ def test_the_chain_from_training_to_a_published_backbone(tmp_path, trained):
     done = publish_backbone(f'{runner.work_dir}/iter_6.pth', tmp_path / 'r18.pth')
     assert done.selection == selection_of(backbone)
     assert {key.split('.')[0] for key in done.left_out} == {'neck', 'head'}
-    for host in ('mmdet', 'mmseg'):
-        model = loaded(host, done.path)
+    for framework in ('mmdet', 'mmseg'):
+        model = loaded(framework, done.path)
         assert selection_of(model) == selection_of(backbone)
         for key, value in backbone.state_dict().items():
             assert torch.equal(model.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize('norm', [dict(type='BN'), dict(type='GN', num_groups=4)])
-def test_a_published_backbone_with_an_ordinary_norm(host, file, norm, tmp_path):
+def test_a_published_backbone_with_an_ordinary_norm(framework, file, norm, tmp_path):
     """The file calls its norms as SSNResNet does, the backbone bn1 or gn1."""
-    trained = build(host, norm_cfg=norm)
+    trained = build(framework, norm_cfg=norm)
     for tensor in trained.state_dict().values():
         tensor.copy_(torch.rand(tensor.shape))
     save({'state_dict': {f'backbone.{k}': v for k, v in trained.state_dict().items()}}, file)
     done = publish_backbone(file, tmp_path / 'r18.pth')
-    model = loaded(host, done.path, norm_cfg=norm)
+    model = loaded(framework, done.path, norm_cfg=norm)
     for key, value in trained.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
-    assert 'missing sn1.mean_weight' in message_of(host, done.path)
+    assert 'missing sn1.mean_weight' in message_of(framework, done.path)
     other = dict(type='BN') if norm['type'] == 'GN' else dict(type='GN', num_groups=4)
-    assert 'n1.running_mean' in message_of(host, done.path, norm_cfg=other)
+    assert 'n1.running_mean' in message_of(framework, done.path, norm_cfg=other)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -495,34 +495,34 @@ def test_another_network(file, case):
     assert said.format(path=path) in message_of('mmseg', path, **NARROW | backbone)
 
 
-def test_not_a_checkpoint(host, file):
+def test_not_a_checkpoint(framework, file):
     path = str(file)
     file.write_text('<html>404</html>')
-    assert message_of(host, path).endswith(': not a checkpoint of torch')
+    assert message_of(framework, path).endswith(': not a checkpoint of torch')
     file.write_bytes(b'')
-    assert 'truncated, or not a checkpoint of torch' in message_of(host, path)
+    assert 'truncated, or not a checkpoint of torch' in message_of(framework, path)
     file.unlink()
-    assert f'no such file (looked for from {os.getcwd()})' in message_of(host, path)
+    assert f'no such file (looked for from {os.getcwd()})' in message_of(framework, path)
     file.mkdir()
-    assert 'is a folder' in message_of(host, path)
+    assert 'is a folder' in message_of(framework, path)
 
 
 @pytest.mark.parametrize('legacy', [True, False], ids=['legacy', 'zip'])
 @pytest.mark.parametrize('left', [0.02, 0.3, 0.9, 0.9999])
-def test_truncated_file(host, file, legacy, left):
+def test_truncated_file(framework, file, legacy, left):
     path = released_file(file, legacy)
     content = file.read_bytes()
     file.write_bytes(content[: int(left * len(content))])
-    assert 'truncated, or not a checkpoint of torch' in message_of(host, path)
+    assert 'truncated, or not a checkpoint of torch' in message_of(framework, path)
 
 
 @pytest.mark.parametrize('legacy', [True, False], ids=['legacy', 'zip'])
-def test_code_is_not_run(host, file, tmp_path, legacy, monkeypatch):
+def test_code_is_not_run(framework, file, tmp_path, legacy, monkeypatch):
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     checkpoint = released_checkpoint(released_state())
     checkpoint['extra'] = Marker(tmp_path / 'ran')
     path = save(checkpoint, file, legacy)
-    text = message_of(host, path)
+    text = message_of(framework, path)
     assert re.search(
         r'refused, because reading it would run code: it holds a pickled \w+\.system ', text
     )
@@ -531,43 +531,43 @@ def test_code_is_not_run(host, file, tmp_path, legacy, monkeypatch):
     assert not (tmp_path / 'ran').exists()
     assert os.environ['TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'] == '1'
     monkeypatch.setenv('SSN_ALLOW_PICKLE', '1')
-    assert_filled(loaded(host, path), released_state())
+    assert_filled(loaded(framework, path), released_state())
     assert (tmp_path / 'ran').exists()
 
 
-def test_code_outside_any_checkpoint_is_not_run(host, file, tmp_path):
+def test_code_outside_any_checkpoint_is_not_run(framework, file, tmp_path):
     file.write_bytes(pickle.dumps(Marker(tmp_path / 'ran'), protocol=2))
-    assert 'it holds a pickled posix.system ' in message_of(host, str(file))
+    assert 'it holds a pickled posix.system ' in message_of(framework, str(file))
     file.write_bytes(pickle.dumps(Marker(tmp_path / 'ran')))  # torch has no files of this protocol
-    assert 'not a checkpoint of torch' in message_of(host, str(file))
+    assert 'not a checkpoint of torch' in message_of(framework, str(file))
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_wish_for_weights_only_is_no_obstacle(host, file, monkeypatch):
+def test_a_wish_for_weights_only_is_no_obstacle(framework, file, monkeypatch):
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
-    assert_filled(loaded(host, released_file(file)), released_state())
+    assert_filled(loaded(framework, released_file(file)), released_state())
     assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1'
     assert 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD' not in os.environ
 
 
-def test_another_file_under_the_released_name(host, tmp_path):
+def test_another_file_under_the_released_name(framework, tmp_path):
     path = released_file(tmp_path / 'ssn_8x2_75.848.pth')
-    text = message_of(host, path)
+    text = message_of(framework, path)
     assert re.search(r'MD5 is [0-9a-f]{32}, but the released ssn_8x2_75\.848\.pth has', text)
     assert 'dadb0f1a0c49c31aedd6cb83d4996a03' in text
 
 
-def test_the_released_file_under_its_name(host, tmp_path, monkeypatch):
+def test_the_released_file_under_its_name(framework, tmp_path, monkeypatch):
     """With the sum of the file made here in place of the sum of the file that cannot be had."""
     path = released_file(tmp_path / 'ssn_8x2_75.848.pth')
     known = {release.md5_of(path): release.Release((8, 2), 75.85, 'ssn_8x2_75.848.pth')}
     monkeypatch.setattr(release, 'RELEASES', known)
-    assert_filled(loaded(host, path), released_state())
+    assert_filled(loaded(framework, path), released_state())
 
 
-def test_nothing_is_loaded_from_a_refused_file(host, file):
+def test_nothing_is_loaded_from_a_refused_file(framework, file):
     path = save(broken(lambda state: state.pop('layer4.1.sn2.radius')), file)
-    model = build(host, norm_cfg=RELEASE, init_cfg=pretrained(path))
+    model = build(framework, norm_cfg=RELEASE, init_cfg=pretrained(path))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError):
         model.init_weights()
@@ -580,12 +580,14 @@ def test_nothing_is_loaded_from_a_refused_file(host, file):
 @pytest.mark.parametrize('depth', [18, 50])
 @pytest.mark.parametrize('using_bn', [True, False], ids=['IN LN BN', 'IN LN'])
 @pytest.mark.parametrize('target', ['SN', 'SSN'])
-def test_released_sn(host, file, depth, using_bn, target):
+def test_released_sn(framework, file, depth, using_bn, target):
     """Into SN as it is, into SSN by sn2ssn://; both compute what SN computes."""
     kwargs = dict(depth=depth, kind='SN', using_bn=using_bn)
     path, state = released_file(file, **kwargs), released_state(**kwargs)
     norm = dict(RELEASE, type=target, normalizers=('IN', 'LN', 'BN') if using_bn else ('IN', 'LN'))
-    model = loaded(host, path if target == 'SN' else f'sn2ssn://{path}', depth=depth, norm_cfg=norm)
+    model = loaded(
+        framework, path if target == 'SN' else f'sn2ssn://{path}', depth=depth, norm_cfg=norm
+    )
     if target == 'SN':
         assert_filled(model, state)
     kind = SN if target == 'SN' else SSN
@@ -607,8 +609,8 @@ def test_released_sn(host, file, depth, using_bn, target):
         assert worst_error(model, expected, x, torch.float32, training)[0] < FLOAT32
 
 
-def test_radius_acts_on_what_came_from_sn(host, file):
-    model = loaded(host, f'sn2ssn://{released_file(file, kind="SN")}')
+def test_radius_acts_on_what_came_from_sn(framework, file):
+    model = loaded(framework, f'sn2ssn://{released_file(file, kind="SN")}')
     assert len(undecided_layers(model)) == 20
     largest = {
         name: tuple(
@@ -622,14 +624,14 @@ def test_radius_acts_on_what_came_from_sn(host, file):
 
 
 @pytest.mark.parametrize('content', ['SSN', 'BN', 'none'])
-def test_sn2ssn_of_something_else(host, file, content):
+def test_sn2ssn_of_something_else(framework, file, content):
     if content == 'SSN':
         path = released_file(file)
     elif content == 'BN':
         path = save(batch_norm_network('mmdet').state_dict(), file)
     else:
         path = save(OrderedDict({'a.weight': torch.ones(2, 2)}), file)
-    model = build(host, init_cfg=pretrained(f'sn2ssn://{path}'))
+    model = build(framework, init_cfg=pretrained(f'sn2ssn://{path}'))
     with pytest.raises(CheckpointError) as caught:
         model.init_weights()
     said = 'holds no ResNet' if content == 'none' else f'holds {content} layers, expected SN layers'

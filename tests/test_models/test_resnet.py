@@ -1,4 +1,4 @@
-"""SSNResNet on both hosts: layout, stem, norm_eval, frozen stages, equality with their ResNet."""
+"""SSNResNet of mmdet and mmseg: layout, stem, norm_eval, frozen stages, equal to their ResNet."""
 
 import pytest
 import torch
@@ -32,16 +32,16 @@ def _one_thread():
 
 
 @pytest.fixture(params=['mmdet', 'mmseg'])
-def host(request):
+def framework(request):
     pytest.importorskip(request.param)
     return request.param
 
 
-def build(host, kind='SSNResNet', seed=0, **kwargs):
+def build(framework, kind='SSNResNet', seed=0, **kwargs):
     """A narrow backbone, built in the scope of a codebase."""
     kwargs = dict(depth=18, base_channels=4, stem_channels=4) | kwargs
     torch.manual_seed(seed)
-    with DefaultScope.overwrite_default_scope(host):
+    with DefaultScope.overwrite_default_scope(framework):
         return MODELS.build(dict(type=kind, **kwargs))
 
 
@@ -101,21 +101,21 @@ def released_layout(depth):
 
 
 @pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-def test_layout_is_the_released_one(host, depth):
-    model = build(host, depth=depth)
+def test_layout_is_the_released_one(framework, depth):
+    model = build(framework, depth=depth)
     norms, keys = released_layout(depth)
-    assert type(model).__module__ == f'ssn_plugin.models.{host}_resnet'
+    assert type(model).__module__ == f'ssn_plugin.models.{framework}_resnet'
     assert set(norms_of(model)) == set(norms)
     assert not norms_of(model, nn.modules.batchnorm._BatchNorm)
     assert {key for key in model.state_dict() if not key.endswith(OURS)} == keys
 
 
-def test_depth_50_has_53_norms(host):
-    assert len(norms_of(build(host, depth=50))) == 53
+def test_depth_50_has_53_norms(framework):
+    assert len(norms_of(build(framework, depth=50))) == 53
 
 
-def test_full_width_shapes(host):
-    model = build(host, depth=50, base_channels=64, stem_channels=64)
+def test_full_width_shapes(framework):
+    model = build(framework, depth=50, base_channels=64, stem_channels=64)
     state = model.state_dict()
     assert state['conv1.weight'].shape == (64, 3, 7, 7)
     assert state['layer4.2.conv3.weight'].shape == (2048, 512, 1, 1)
@@ -123,10 +123,10 @@ def test_full_width_shapes(host):
 
 
 @pytest.mark.parametrize('module_prefix', ['', 'module.'])
-def test_released_file_loads_as_it_is(host, tmp_path, module_prefix):
+def test_released_file_loads_as_it_is(framework, tmp_path, module_prefix):
     generator = torch.Generator().manual_seed(3)
     released = {}
-    for key, value in build(host, depth=50).state_dict().items():
+    for key, value in build(framework, depth=50).state_dict().items():
         name = key.rsplit('.', 1)[-1]
         shape = tuple(value.shape)
         if key.endswith(OURS):
@@ -155,7 +155,7 @@ def test_released_file_loads_as_it_is(host, tmp_path, module_prefix):
              optimizer={}, lr_scheduler={}),
         file,
     )  # fmt: skip
-    model = build(host, depth=50, init_cfg=dict(type='Pretrained', checkpoint=str(file)))
+    model = build(framework, depth=50, init_cfg=dict(type='Pretrained', checkpoint=str(file)))
     model.init_weights()
     state = model.state_dict()
     for key, value in released.items():
@@ -168,22 +168,22 @@ def test_released_file_loads_as_it_is(host, tmp_path, module_prefix):
     assert chosen == {'IN', 'LN', 'BN'}
 
 
-def test_default_norm_is_ssn_and_another_can_be_given(host):
-    assert norms_of(build(host))
-    model = build(host, norm_cfg=dict(type='SN', momentum=0.5))
+def test_default_norm_is_ssn_and_another_can_be_given(framework):
+    assert norms_of(build(framework))
+    model = build(framework, norm_cfg=dict(type='SN', momentum=0.5))
     assert not norms_of(model)
     assert {norm.momentum for norm in norms_of(model, SN).values()} == {0.5}
 
 
-def test_misspelt_argument_is_an_error(host):
+def test_misspelt_argument_is_an_error(framework):
     with pytest.raises(TypeError, match='frozen_stage'):
-        build(host, frozen_stage=1)
+        build(framework, frozen_stage=1)
 
 
 @pytest.mark.parametrize('depth', [18, 50])
 @pytest.mark.parametrize('kind', ['SSNResNet', 'ResNet'])
-def test_zero_init_residual(host, kind, depth):
-    model = build(host, kind, depth=depth, norm_cfg=dict(type='SSN'), zero_init_residual=True)
+def test_zero_init_residual(framework, kind, depth):
+    model = build(framework, kind, depth=depth, norm_cfg=dict(type='SSN'), zero_init_residual=True)
     model.init_weights()
     last = 'sn2' if depth < 50 else 'sn3'
     for name, norm in norms_of(model).items():
@@ -191,7 +191,7 @@ def test_zero_init_residual(host, kind, depth):
         assert norm.weight.unique().tolist() == [float(not is_last)], name
         assert norm.bias.abs().max() == 0
         assert norm.mean_weight.tolist() == norm.var_weight.tolist() == [0.0] * 3
-    model = build(host, kind, depth=depth, norm_cfg=dict(type='SSN'), zero_init_residual=False)
+    model = build(framework, kind, depth=depth, norm_cfg=dict(type='SSN'), zero_init_residual=False)
     model.init_weights()
     assert all((norm.weight == 1).all() for norm in norms_of(model).values())
 
@@ -199,13 +199,13 @@ def test_zero_init_residual(host, kind, depth):
 # ---------------------------------------------------------------- scope
 
 
-def test_scope_decides_the_codebase(host):
+def test_scope_decides_the_codebase(framework):
     cfg = dict(type='SSNResNet', depth=18, base_channels=4, stem_channels=4)
-    expected = f'ssn_plugin.models.{host}_resnet'
-    with DefaultScope.overwrite_default_scope(host):
+    expected = f'ssn_plugin.models.{framework}_resnet'
+    with DefaultScope.overwrite_default_scope(framework):
         assert type(MODELS.build(dict(cfg))).__module__ == expected
     # as configs of one codebase name parts of another
-    assert type(MODELS.build(dict(cfg, _scope_=host))).__module__ == expected
+    assert type(MODELS.build(dict(cfg, _scope_=framework))).__module__ == expected
 
 
 @pytest.mark.parametrize('scope', [None, 'mmengine'])
@@ -214,9 +214,9 @@ def test_other_scopes_build_mmdets(scope):
     assert type(build(scope)).__module__ == 'ssn_plugin.models.mmdet_resnet'
 
 
-def test_isinstance_of_the_hosts_resnet(host):
-    resnet = pytest.importorskip(f'{host}.models.backbones').ResNet
-    assert isinstance(build(host), resnet)
+def test_isinstance_of_the_hosts_resnet(framework):
+    resnet = pytest.importorskip(f'{framework}.models.backbones').ResNet
+    assert isinstance(build(framework), resnet)
 
 
 # ---------------------------------------------------------------- stem
@@ -224,8 +224,8 @@ def test_isinstance_of_the_hosts_resnet(host):
 
 @pytest.mark.parametrize('deep_stem', [False, True])
 @pytest.mark.parametrize(('size', 'pooled'), [(64, 16), (66, 16), (32, 8), (39, 10)])
-def test_stem_pool_is_the_released_one(host, deep_stem, size, pooled):
-    model = randomize(build(host, deep_stem=deep_stem)).eval()
+def test_stem_pool_is_the_released_one(framework, deep_stem, size, pooled):
+    model = randomize(build(framework, deep_stem=deep_stem)).eval()
     entered = []
     model.layer1.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
     x = images(size)
@@ -245,8 +245,8 @@ def test_stem_pool_is_the_released_one(host, deep_stem, size, pooled):
 # ---------------------------------------------------------------- norm_eval, frozen stages
 
 
-def test_norm_eval_reaches_ssn(host):
-    model = randomize(build(host, norm_eval=True))
+def test_norm_eval_reaches_ssn(framework):
+    model = randomize(build(framework, norm_eval=True))
     assert model.train(True) is model
     assert model.training
     assert model.layer3[0].training
@@ -262,15 +262,15 @@ def test_norm_eval_reaches_ssn(host):
 
 
 @pytest.mark.parametrize('kind', ['SN', 'BN'])
-def test_norm_eval_of_other_norms(host, kind):
-    model = build(host, norm_eval=True, norm_cfg=dict(type=kind)).train()
+def test_norm_eval_of_other_norms(framework, kind):
+    model = build(framework, norm_eval=True, norm_cfg=dict(type=kind)).train()
     layers = norms_of(model, (SN, nn.BatchNorm2d))
     assert len(layers) == 20
     assert not any(layer.training for layer in layers.values())
 
 
-def test_without_norm_eval_ssn_trains(host):
-    model = build(host, norm_eval=False)
+def test_without_norm_eval_ssn_trains(framework):
+    model = build(framework, norm_eval=False)
     assert model.train() is model
     assert all(norm.training for norm in norms_of(model).values())
     before = statistics_of(model)
@@ -292,9 +292,9 @@ def is_frozen(name, stages):
 @pytest.mark.parametrize('stages', [0, 1, 2])
 @pytest.mark.parametrize('deep_stem', [False, True])
 @pytest.mark.parametrize('kind', ['SSNResNet', 'ResNet'])
-def test_frozen_stages(host, kind, stages, deep_stem):
+def test_frozen_stages(framework, kind, stages, deep_stem):
     model = build(
-        host, kind, frozen_stages=stages, norm_eval=False, deep_stem=deep_stem,
+        framework, kind, frozen_stages=stages, norm_eval=False, deep_stem=deep_stem,
         norm_cfg=dict(type='SSN', radius=0.1),
     )  # fmt: skip
     randomize(model)
@@ -326,8 +326,8 @@ def test_frozen_stages(host, kind, stages, deep_stem):
             assert not torch.equal(norm.running_mean, statistics[f'{name}.running_mean']), name
 
 
-def test_frozen_stages_stay_frozen_when_norm_eval_comes_with_them(host):
-    model = build(host, frozen_stages=1, norm_eval=True)
+def test_frozen_stages_stay_frozen_when_norm_eval_comes_with_them(framework):
+    model = build(framework, frozen_stages=1, norm_eval=True)
     for _ in range(2):
         model.eval()
         model.train()
@@ -337,7 +337,7 @@ def test_frozen_stages_stay_frozen_when_norm_eval_comes_with_them(host):
     assert not model.layer1.training
 
 
-# ---------------------------------------------------------------- equal to the hosts' ResNet
+# ---------------------------------------------------------------- equal to the frameworks' ResNet
 
 
 VARIANTS = [
@@ -356,16 +356,16 @@ MMSEG_VARIANTS = [
 
 
 @pytest.mark.parametrize(
-    ('host', 'variant'),
-    [(host, variant) for host in ('mmdet', 'mmseg') for variant in VARIANTS]
+    ('framework', 'variant'),
+    [(framework, variant) for framework in ('mmdet', 'mmseg') for variant in VARIANTS]
     + [('mmseg', variant) for variant in MMSEG_VARIANTS],
 )
-def test_one_hot_bn_is_the_hosts_resnet_with_bn(host, variant):
+def test_one_hot_bn_is_the_frameworks_resnet_with_bn(framework, variant):
     """Apart from the stem pool: outputs, running statistics and gradients, in double precision."""
-    pytest.importorskip(host)
+    pytest.importorskip(framework)
     arguments = dict(depth=50, norm_eval=False, **variant)
-    theirs = randomize(build(host, 'ResNet', norm_cfg=dict(type='BN'), **arguments)).double()
-    ours = build(host, seed=9, **arguments).double()
+    theirs = randomize(build(framework, 'ResNet', norm_cfg=dict(type='BN'), **arguments)).double()
+    ours = build(framework, seed=9, **arguments).double()
     state = {in_our_names(key): value for key, value in theirs.state_dict().items()}
     missing, unexpected = ours.load_state_dict(state, strict=False)
     assert unexpected == []
@@ -420,8 +420,8 @@ def test_dilations_and_multi_grid_of_mmseg():
 
 
 @pytest.mark.parametrize('depth', [18, 50])
-def test_stock_resnet_with_ssn(host, depth):
-    model = build(host, 'ResNet', depth=depth, norm_cfg=dict(type='SSN'), norm_eval=False)
+def test_stock_resnet_with_ssn(framework, depth):
+    model = build(framework, 'ResNet', depth=depth, norm_cfg=dict(type='SSN'), norm_eval=False)
     assert set(norms_of(model)) == set(released_layout(depth)[0])
     model.init_weights()
     model.train()
@@ -440,10 +440,10 @@ def train_two_steps(model):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-def test_with_cp_trains_to_the_same_weights_and_statistics(host):
+def test_with_cp_trains_to_the_same_weights_and_statistics(framework):
     """Blocks are computed again in the backward pass instead of kept."""
     plain, checkpointed = (
-        build(host, depth=50, norm_eval=False, with_cp=with_cp).double().train()
+        build(framework, depth=50, norm_eval=False, with_cp=with_cp).double().train()
         for with_cp in (False, True)
     )
     assert not plain.layer1[0].with_cp

@@ -125,7 +125,7 @@ class SSNRatioHook(Hook):
             runner.logger.info(f'SSNRatioHook: the report is {path}')
 
     def _loss(self, runner) -> float | None:
-        """Mean of the loss over the interval; the host framework has it as numbers already."""
+        """Mean of the loss over the interval; the framework has it as numbers already."""
         scalars = runner.message_hub.log_scalars
         if 'train/loss' not in scalars:
             return None
