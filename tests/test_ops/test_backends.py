@@ -1,5 +1,6 @@
 """The choice of the backend: by device, by environment variable, and what is said of it."""
 
+import contextlib
 import copy
 import logging
 import os
@@ -128,3 +129,67 @@ def test_missing_triton_is_said_once(monkeypatch, caplog):
     assert 'Triton is not installed' in record.message
     assert '\n' not in record.message
     ops._say_that_triton_is_missing.cache_clear()
+
+
+# What a GPU without a working Triton, a tracer or a capture meets. Fake tensors have a device and
+# no values, so this much can be run without the device.
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A device that has not been tried yet, and a capability."""
+    monkeypatch.setattr(switchable_norm_triton, '_supported_devices', {})
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (8, 0))
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    'error', [RuntimeError('Failed to find C compiler.\nSet CC.'), FileNotFoundError('Python.h')]
+)
+def test_a_kernel_that_does_not_compile_is_said_once(error, fake_gpu, caplog):
+    def fail():
+        raise error
+
+    fake_gpu.setattr(switchable_norm_triton, '_kernels', fail)
+    fake_gpu.setattr(torch.cuda, 'device', lambda index: contextlib.nullcontext())
+    with FakeTensorMode(), caplog.at_level(logging.WARNING):
+        assert not switchable_norm_triton._device_is_supported(0)
+        assert not switchable_norm_triton._device_is_supported(0)
+    (record,) = caplog.records
+    assert str(error).splitlines()[0] in record.message
+    assert 'cuda:0' in record.message
+    assert '\n' not in record.message
+
+
+def test_an_old_gpu_is_said_once(fake_gpu, caplog):
+    fake_gpu.setattr(torch.cuda, 'get_device_capability', lambda index: (6, 1))
+    with caplog.at_level(logging.WARNING):
+        assert not switchable_norm_triton._device_is_supported(1)
+    assert 'compute capability is 6.1' in caplog.text
+
+
+def test_first_use_inside_a_capture_names_the_remedy(fake_gpu):
+    fake_gpu.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    with pytest.raises(RuntimeError, match='forward and backward pass on it before'):
+        switchable_norm_triton._device_is_supported(0)
+
+
+def test_fake_tensors_are_left_to_aten(monkeypatch):
+    # What follows needs the device; tests/test_ops/test_gpu.py goes on there.
+    monkeypatch.setattr(switchable_norm_triton, '_supported_devices', {0: True})
+    with FakeTensorMode():
+        assert ops._fused_function(torch.empty(SHAPE, device='cuda')) is None
+
+
+def test_a_trace_holds_operators_of_aten():
+    recorded = []
+
+    def function(x):
+        recorded.append(switchable_norm_triton._is_recorded(x))
+        return x + 1
+
+    x = torch.randn(SHAPE)
+    torch.jit.trace(function, (x,), check_trace=False)
+    assert recorded == [True]
+    assert not switchable_norm_triton._is_recorded(x)

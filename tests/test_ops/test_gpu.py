@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssn_plugin import SN, SSN, set_radius, switchable_norm
 from ssn_plugin.ops.switchable_norm.triton import launch as backend
@@ -205,3 +206,44 @@ def test_more_than_32_bits_of_elements():
     expected = (row - row.mean()) / (row.var(correction=0) + 1e-5).sqrt()
     assert (y[-1, -1].double() - expected).norm() < 2**-7 * expected.norm()
     assert (y[:-1] == 0).all()
+
+
+# What records operators is given ATen's
+
+
+def test_fake_tensors():
+    with FakeTensorMode(), torch.device('cuda'):
+        layer, x = SSN(8), torch.empty(2, 8, 5, 5, requires_grad=True)
+        y = layer(x)
+        y.backward(torch.empty_like(y))
+        assert x.grad.shape == y.shape == x.shape
+
+
+@pytest.mark.parametrize('kind', ['sparsestmax', 'decided'])
+def test_trace(kind, launches):
+    layer, x = make(kind, 64).eval(), image((2, 64, 9, 8))
+    expected = layer(x)
+    launches.clear()
+    traced = torch.jit.trace(layer, (x,))
+    assert not launches
+    torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_first_use_inside_a_capture_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(backend, '_supported_devices', {})
+    layer, x = make('sparsestmax', 64), image((2, 64, 9, 8))
+    with (
+        pytest.raises(RuntimeError, match='forward and backward pass on it before'),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        layer(x)
+
+
+def test_x_without_gradient():
+    layer, x = make('sparsestmax', 64), image((2, 64, 9, 8))
+    exact = copy.deepcopy(layer).double()
+    dy = image(x.shape)
+    layer(x).backward(dy)
+    exact(x.double()).backward(dy.double())
+    for ours, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-3)

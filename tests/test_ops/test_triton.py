@@ -1,6 +1,5 @@
 """The Triton kernels against the formulas in float64: interpreted on the CPU, compiled on a GPU."""
 
-import importlib
 import itertools
 import math
 import os
@@ -23,6 +22,7 @@ if not backend.is_available():
     pytest.skip('torch is older than custom operators', allow_module_level=True)
 
 from ssn_plugin.ops.switchable_norm.triton import custom_ops as switchable_norm_custom_ops  # noqa: E402, F401  (registers them)
+from ssn_plugin.ops.switchable_norm.triton import kernels  # noqa: E402
 from ssn_plugin.ops.switchable_norm.triton.kernels import tiles  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')  # of NumPy
@@ -37,6 +37,7 @@ CONTROL_GRADIENTS = ('dmean_control', 'dvar_control')
 NAMES = ('y', 'dx', *CONTROL_GRADIENTS, 'dweight', 'dbias')
 # Relative, of a whole tensor. What is written in half precision is rounded once.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+PROBE = 'ssn_probe_kernel'
 GUARD, CANARY = 67, 12345.0  # odd: what lies behind it is not aligned
 
 
@@ -873,20 +874,30 @@ def test_traces_as_one_graph():
     assert results[0][2][0] == 3
 
 
-@pytest.mark.slow
-def test_kernels_compile_without_a_gpu(tmp_path):
-    # For two generations of GPUs; the interpreter knows nothing of types and layouts.
+def compiled(what: str, folder: Path) -> list[str]:
+    """What compile_kernels.py says, in a process in which Triton compiles."""
     if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 3):
         pytest.skip("of the compiler's own interface, which changed in Triton 3.3")
     result = subprocess.run(
-        [sys.executable, Path(__file__).parent / 'compile_kernels.py'],
-        env={**os.environ, 'TRITON_INTERPRET': '0', 'TRITON_CACHE_DIR': str(tmp_path)},
+        [sys.executable, Path(__file__).parent / 'compile_kernels.py', what],
+        env={**os.environ, 'TRITON_INTERPRET': '0', 'TRITON_CACHE_DIR': str(folder)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = result.stdout.splitlines()
-    names = set(importlib.import_module('ssn_plugin.ops.switchable_norm.triton.kernels').__all__)
-    assert {line.split()[0] for line in lines} == names
-    assert all(line.endswith(': 0 bytes spilled') for line in lines), result.stdout
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout.splitlines()
+
+
+def test_whatever_a_layer_can_launch_has_types(tmp_path):
+    # The interpreter knows nothing of types, and skips branches that the compiler does not.
+    *_, counts, total = compiled('variants', tmp_path)
+    assert {pair.split('=')[0] for pair in counts.split()} == set(kernels.__all__) - {PROBE}
+    assert total.endswith(', 0 failed')
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_a_gpu(tmp_path):
+    lines = compiled('machine', tmp_path)
+    assert {line.split()[0] for line in lines} == set(kernels.__all__) - {PROBE}
+    assert all(line.endswith(', 0 bytes spilled') for line in lines), lines

@@ -5,6 +5,7 @@ they are first launched: `import ssn_plugin` never imports Triton.
 """
 
 import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ssn_plugin.errors import in_one_line
 from ssn_plugin.ops.sparsestmax import _MAX_AMPLIFICATION, _RADIUS_TOLERANCE, circumradius
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,23 +62,66 @@ def is_available() -> bool:
 def supports(x: Tensor) -> bool:
     """Whether the kernels can take ``x``: on a GPU, and float32, float16 or bfloat16.
 
+    They leave ``x`` to ATen where somebody records the operators that compute with it, as
+    ``torch.jit.trace`` and ``FakeTensorMode`` do: a kernel is none, and may not be run then.
+    ``torch.compile`` is given operators of its own.
+
     On the CPU the answer is no, even where ``TRITON_INTERPRET=1`` lets :func:`forward` and
-    :func:`backward` run: that is for tests, a thousand times slower than eager.
+    :func:`backward` run: that is for tests, a thousand times slower than ATen.
 
     Args:
         x: The input of the layer.
     """
-    return _INSTALLED and x.is_cuda and x.dtype in _DTYPES and _device_is_supported(x.device.index)
+    if not (_INSTALLED and x.is_cuda and x.dtype in _DTYPES):
+        return False
+    if not torch.compiler.is_compiling() and _is_recorded(x):
+        return False
+    return _device_is_supported(x.device.index)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    if torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return True
+    return type(x) not in (Tensor, torch.nn.Parameter)
 
 
 @torch.compiler.assume_constant_result
 def _device_is_supported(index: int) -> bool:
     if index not in _supported_devices:
-        # What torch itself asks for before it compiles for a device.
-        _supported_devices[index] = bool(
-            torch.version.hip or torch.cuda.get_device_capability(index) >= (7, 0)
-        )
+        _refuse_during_capture()
+        reason = _reason_against(index)
+        _supported_devices[index] = reason is None
+        if reason is not None:
+            logging.getLogger(__name__).warning(
+                'SSN and SN run on ATen operators on cuda:%d, which is slower, because Triton '
+                'cannot compile for it: %s',
+                index,
+                reason,
+            )
     return _supported_devices[index]
+
+
+def _reason_against(index: int) -> str | None:
+    """Why a device cannot take the kernels: one is tried, since nothing else tells for sure."""
+    capability = torch.cuda.get_device_capability(index)
+    if not torch.version.hip and capability < (7, 0):
+        return f'its compute capability is {capability[0]}.{capability[1]}, below 7.0'
+    try:
+        with torch.cuda.device(index):
+            out = torch.empty(1, device=torch.device('cuda', index))
+            _kernels().ssn_probe_kernel[(1,)](out)
+    except Exception as error:  # no compiler, no Python.h, a driver that is too old, and so on
+        return in_one_line(error)
+    return None
+
+
+def _refuse_during_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            'SSN and SN compile a kernel when they meet a kind of input first, which a CUDA graph '
+            'cannot capture: got such an input during a capture, expected a forward and backward '
+            'pass on it before, as torch.cuda.graphs.make_graphed_callables does'
+        )
 
 
 @lru_cache

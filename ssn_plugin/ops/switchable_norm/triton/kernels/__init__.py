@@ -25,6 +25,7 @@ from ssn_plugin.ops.switchable_norm.triton.kernels.forward import (
     ssn_fwd_moments_kernel,
     ssn_fwd_pool_kernel,
 )
+from ssn_plugin.ops.switchable_norm.triton.kernels.tiles import ssn_probe_kernel
 
 __all__ = [
     'ssn_bwd_affine_kernel',
@@ -37,4 +38,5 @@ __all__ = [
     'ssn_fwd_merge_kernel',
     'ssn_fwd_moments_kernel',
     'ssn_fwd_pool_kernel',
+    'ssn_probe_kernel',
 ]

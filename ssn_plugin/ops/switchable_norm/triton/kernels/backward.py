@@ -357,7 +357,7 @@ def ssn_bwd_dx_kernel(
         _, _, _, partials = pooled_sections(pooled, N, C, G)
         write_control_gradient(dmean_control, partials, saved, N, K, MAP, MEAN)
         write_control_gradient(dvar_control, partials + 4, saved + 16, N, K, MAP, VAR)
-    else:
+    elif dx is not None:
         _input_gradient(
             dy, x, dx, sums, saved, pooled, affine, weight, program,
             N, C, S, G, tiles, splits, divisor, eps,

@@ -91,6 +91,9 @@ def _sparsestmax(z, radius, lanes, limit, one_hot_from, max_slope, K: tl.constex
     tied = tl.sum((chosen & tie).to(tl.int32), 0) > 0
     share = tl.sum(tl.where(chosen, inverse, 0.0), 0)
     circle = tl.where(ranks <= support, tl.maximum(share + reach * direction, 0.0), 0.0)
+    # Which radius is one-hot was compared above. A GPU's division and square root may miss by a
+    # digit, and must not round a point of a smaller circle to the vertex.
+    circle = tl.where(beyond, circle, tl.minimum(circle, 0.99999994))
 
     on_circle = (outside | tied) == 0
     p = tl.where(outside, simplex, circle)

@@ -96,3 +96,9 @@ def merge_lanes(mean, m2, counts, total, AXIS: tl.constexpr):
     mean_all = rough + tl.sum((mean - tl.expand_dims(rough, AXIS)) * counts, AXIS) / total
     distance = mean - tl.expand_dims(mean_all, AXIS)
     return mean_all, tl.sum(m2 + distance * distance * counts, AXIS)
+
+
+@triton.jit
+def ssn_probe_kernel(out):
+    """Tells whether this GPU takes kernels at all."""
+    tl.store(out, 1.0)
