@@ -1,6 +1,7 @@
 """Who may import what: the order of the folders, and frameworks only where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,14 @@ def test_the_scan_sees_imports():
     assert third_party(PACKAGE / 'layers' / 'ssn.py') == {'torch'}
     assert 'mmengine' in third_party(PACKAGE / 'engine' / 'registration.py')
     assert {part_of(path) for path in FILES} >= {'ops', 'functional', 'layers', 'models', 'engine'}
+
+
+def test_contributing_says_the_same():
+    text = (PACKAGE.parent / 'CONTRIBUTING.md').read_text()
+    order = re.search(r'    \{errors.*?\n\n', text, re.DOTALL)[0].split('->')
+    stated = {name: rank for rank, names in enumerate(order) for name in re.findall(r'\w+', names)}
+    kept = {name: rank for name, rank in LEVEL.items() if not name.startswith('__')}
+    assert stated == kept
 
 
 def test_there_is_no_grab_bag():
