@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: check the inputs, then run mmdet's, mmseg's or mmpretrain's script."""
+"""Evaluate a checkpoint: check the inputs, then run the script of the config's own codebase."""
 
 import argparse
 import sys
@@ -17,7 +17,8 @@ def main() -> None:
         '      work_dirs/demo/iter_800.pth --show-dir pictures',
     )
     add_test_arguments(parser)
-    args = parser.parse_args()
+    # What only the codebase's script knows is left to that, which parses again.
+    args, _ = parser.parse_known_args()
     try:
         test(args, sys.argv[1:])
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Train a config of mmdet, mmseg or mmpretrain: check the inputs, then run their own script."""
+"""Train a config of any OpenMMLab 2 codebase: check the inputs, then run its own script."""
 
 import argparse
 import sys
@@ -17,7 +17,8 @@ def main() -> None:
         '      --work-dir work_dirs/demo --cfg-options train_dataloader.batch_size=2',
     )
     add_train_arguments(parser)
-    args = parser.parse_args()
+    # What only the codebase's script knows is left to that, which parses again.
+    args, _ = parser.parse_known_args()
     try:
         train(args, sys.argv[1:])
     except InputError as error:

@@ -24,33 +24,42 @@ from ssn_plugin.jobs.preflight import (
 )
 from ssn_plugin.jobs.processes import join_processes, leave_processes
 
+# Where the name to install is not that to import.
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection (or mmdet)',
     'mmseg': 'onedl-mmsegmentation (or mmsegmentation)',
     'mmpretrain': 'onedl-mmpretrain (or mmpretrain), beside torchvision',
+    'mmaction': 'mmaction2',
 }
 
 
 def framework_script(config: Config, name: str) -> Path:
-    """The script of mmdet, mmseg or mmpretrain that a config is for, by its ``default_scope``.
+    """The script of the framework that a config is for, by its ``default_scope``.
 
     Args:
         config: The config.
         name: 'train.py' or 'test.py'.
 
     Raises:
-        InputError: If the scope is none of these, or the framework is not installed with its tools.
+        InputError: If the scope is no package, or it is not installed with its tools.
     """
     scope = config.get('default_scope')
-    if scope not in _DISTRIBUTIONS:
-        names = ', '.join(map(repr, _DISTRIBUTIONS))
-        raise InputError(f'default_scope: got {scope!r} in the config, expected one of {names}')
+    if not isinstance(scope, str) or not scope.isidentifier():
+        raise InputError(
+            f"default_scope: got {scope!r} in the config, expected a package such as 'mmdet'"
+        )
     spec = importlib.util.find_spec(scope)
-    if spec is None:
-        raise InputError(f'{scope} is not installed: pip install {_DISTRIBUTIONS[scope]}')
+    if spec is None or spec.origin is None:
+        raise InputError(
+            f'{scope} is not installed: pip install {_DISTRIBUTIONS.get(scope, scope)}'
+        )
     script = Path(spec.origin).parent / '.mim' / 'tools' / name
     if not script.is_file():
-        raise InputError(f'{scope} is installed without its tools: no such file: {script}')
+        raise InputError(
+            f'{scope} is installed without its tools: no such file: {script}; '
+            f"run the {name} of its repository, custom_imports=dict(imports=['ssn_plugin']) is all "
+            'that it needs'
+        )
     return script
 
 

@@ -1,5 +1,6 @@
 """A config's scope tells whose scripts run; tools end in one line and exit code 1."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +30,47 @@ def test_scripts_of_both_hosts(scope, name):
     assert scope in script.parts
 
 
-@pytest.mark.parametrize('scope', [None, 'mmpose'])
-def test_other_scopes_are_refused(scope):
-    with pytest.raises(InputError, match='default_scope'):
+def package(folder: Path, name: str, *scripts: str) -> None:
+    """An installed package of that name, with scripts as OpenMMLab's packages ship them."""
+    (folder / name / '.mim' / 'tools').mkdir(parents=True)
+    (folder / name / '__init__.py').touch()
+    for script in scripts:
+        (folder / name / '.mim' / 'tools' / script).touch()
+
+
+def test_scripts_of_any_other_package(tmp_path, monkeypatch):
+    package(tmp_path, 'mmwhatever', 'train.py')
+    monkeypatch.syspath_prepend(tmp_path)
+    script = framework_script(Config(dict(default_scope='mmwhatever')), 'train.py')
+    assert script == tmp_path / 'mmwhatever' / '.mim' / 'tools' / 'train.py'
+    with pytest.raises(InputError, match=r'without its tools.*run the test\.py of its repo'):
+        framework_script(Config(dict(default_scope='mmwhatever')), 'test.py')
+
+
+@pytest.mark.parametrize(
+    ('scope', 'told'),
+    [
+        (None, 'default_scope: got None'),
+        ('os.path', "default_scope: got 'os.path'"),
+        ('mmwhatever', 'mmwhatever is not installed: pip install mmwhatever'),
+        ('mmengine', 'mmengine is installed without its tools'),
+    ],
+)
+def test_other_scopes_are_refused(scope, told):
+    with pytest.raises(InputError, match=told):
         framework_script(Config(dict(default_scope=scope)), 'train.py')
+
+
+def test_options_of_the_codebase_reach_its_script(tmp_path, monkeypatch):
+    """And the inputs are checked as ever."""
+    package(tmp_path, 'mmwhatever')
+    script = tmp_path / 'mmwhatever' / '.mim' / 'tools' / 'train.py'
+    script.write_text('import sys\nprint("ran with", *sys.argv[1:])')
+    (tmp_path / 'c.py').write_text("default_scope = 'mmwhatever'")
+    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{ROOT}')
+    result = run(ROOT / 'tools/train.py', 'c.py', '--sweep', '3', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert 'ran with c.py --sweep 3' in result.stdout
 
 
 @pytest.mark.parametrize(
