@@ -47,9 +47,6 @@ def headline(found: Sequence[Difference]) -> str:
 def common_name(layer: str) -> str:
     """Name of a layer in a backbone and in a whole model alike.
 
-    Args:
-        layer: Name in its model.
-
     Example:
         >>> from ssn_plugin.analysis.comparison import common_name
         >>> common_name('backbone.layer1.0.sn1')
@@ -61,11 +58,7 @@ def common_name(layer: str) -> str:
 def aligned(
     sources: Mapping[str, Sequence[LayerRatios]],
 ) -> tuple[list[str], dict[str, list[LayerRatios | None]]]:
-    """The layers of all models in one order, and the rows of each model, None where it has none.
-
-    Args:
-        sources: Rows by the name of their model.
-    """
+    """The layers of all models in one order, and the rows of each model, None where it has none."""
     by_name = {
         source: {common_name(row.layer): row for row in rows} for source, rows in sources.items()
     }
@@ -77,9 +70,6 @@ def aligned(
 
 def differences(sources: Mapping[str, Sequence[LayerRatios]]) -> list[Difference]:
     """Compare models layer by layer with the first one that has the layer.
-
-    Args:
-        sources: Rows by the name of their model.
 
     Example:
         >>> from ssn_plugin.analysis.comparison import differences

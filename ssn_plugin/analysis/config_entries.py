@@ -39,11 +39,7 @@ def _leaves(dataset: Mapping, key: str) -> Iterator[tuple[str, Mapping]]:
 
 
 def data_folders(dataset: Mapping) -> list[str]:
-    """The folders a data set reads, by its ``data_root``, ``data_prefix`` and ``split``.
-
-    Args:
-        dataset: Its config.
-    """
+    """The folders a data set reads, by its ``data_root``, ``data_prefix`` and ``split``."""
     prefix = dataset.get('data_prefix') or {}
     if not prefix and type_name(dataset) == 'ImageNet':
         prefix = dataset.get('split') or {}
@@ -54,10 +50,6 @@ def data_folders(dataset: Mapping) -> list[str]:
 
 def is_remote(entry: Mapping, path: str) -> bool:
     """Whether an entry reads a path from elsewhere than the disk, as its backend says.
-
-    Args:
-        entry: Of a data set or an evaluator.
-        path: A file or folder that it reads.
 
     Example:
         >>> from ssn_plugin.analysis.config_entries import is_remote
@@ -89,10 +81,6 @@ class NamedCheckpoint(NamedTuple):
 def checkpoints_in(node: object, key: str) -> Iterator[NamedCheckpoint]:
     """The weights that a config names: by ``init_cfg``, ``pretrained`` or in any other entry.
 
-    Args:
-        node: A piece of the config.
-        key: Its place.
-
     Example:
         >>> from ssn_plugin.analysis.config_entries import checkpoints_in
         >>> [entry.key for entry in checkpoints_in({'teacher_ckpt': 'gfl.pth'}, 'model')]
@@ -120,10 +108,6 @@ def _names_weights(name: str, value: str) -> bool:
 
 def norm_configs(node: object, key: str) -> Iterator[tuple[str, Mapping]]:
     """Every ``norm_cfg`` of a config that names a layer.
-
-    Args:
-        node: A piece of the config.
-        key: Its place.
 
     Yields:
         Place of the part of the model that has it, and the ``norm_cfg``.

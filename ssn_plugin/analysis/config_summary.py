@@ -51,9 +51,6 @@ def summarise(config: Mapping, max_iters: int | None = None) -> list[Section]:
 def in_words(value: object) -> str:
     """A value of a config in words.
 
-    Args:
-        value: Of any type.
-
     Example:
         >>> from ssn_plugin.analysis.config_summary import in_words
         >>> in_words(dict(type='SGD', lr=0.02, weight_decay=1e-4))

@@ -47,11 +47,7 @@ def curves_figure(logs: RunLogs, title: str) -> Figure | None:
 
 
 def shown_metrics(val: Mapping[int, Mapping[str, float]]) -> list[str]:
-    """Names of the metrics that are shown: neither by object size nor without a value.
-
-    Args:
-        val: Metrics by iteration.
-    """
+    """Names of the metrics that are shown: neither by object size nor without a value."""
     return [
         name
         for name in _names(val)

@@ -47,11 +47,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plain(text: str) -> str:
-    """A text that matplotlib shows as it is, were it a file name with dollar signs.
-
-    Args:
-        text: Any text.
-    """
+    """A text that matplotlib shows as it is, were it a file name with dollar signs."""
     return text.replace('$', r'\$')
 
 
@@ -81,21 +77,13 @@ def normalizer_style(name: str) -> dict:
 
 
 def normalizer_legend(figure: Figure, names: Iterable[str]) -> None:
-    """A legend of normalizers at the right of a figure.
-
-    Args:
-        figure: Gets it.
-        names: Normalizers that are drawn.
-    """
+    """A legend of normalizers at the right of a figure."""
     handles = [Patch(label=name, **normalizer_style(name)) for name in names]
     figure.legend(handles=handles, loc='outside right upper', handlelength=2.2, handleheight=1.6)
 
 
 def used_normalizers(candidates: Iterable[Sequence[str]]) -> list[str]:
     """All names of some layers' candidates, those known in the order of the palette.
-
-    Args:
-        candidates: Of each layer.
 
     Example:
         >>> from ssn_plugin.analysis.figures import used_normalizers
@@ -154,12 +142,7 @@ def mark_stages(axes: Sequence[Axes], stages: Sequence[str], first: int = 0) -> 
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG or SVG, by the name of the file.
-
-    Args:
-        figure: What to write.
-        path: File to write.
-    """
+    """Write a figure as PNG or SVG, by the name of the file."""
     metadata = {'Date': None} if Path(path).suffix == '.svg' else None
     with matplotlib.rc_context(_STYLE), whole_file(path) as temporary:
         kind = Path(path).suffix[1:]
@@ -184,11 +167,7 @@ def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def as_svg(figure: Figure) -> str:
-    """A figure as the text of an SVG element.
-
-    Args:
-        figure: What to draw.
-    """
+    """A figure as the text of an SVG element."""
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format='svg', metadata={'Date': None}, facecolor='white')
@@ -197,12 +176,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def as_image(figure: Figure, dpi: int = _DPI) -> np.ndarray:
-    """A figure as an RGB image, uint8, (H, W, 3).
-
-    Args:
-        figure: What to draw.
-        dpi: Pixels per inch of the figure.
-    """
+    """A figure as an RGB image, uint8, (H, W, 3)."""
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(dpi)
     with matplotlib.rc_context(_STYLE):

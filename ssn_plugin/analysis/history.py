@@ -42,11 +42,7 @@ class History(NamedTuple):
     lines: list[dict]
 
     def rows(self, index: int = -1) -> list[LayerRatios]:
-        """The layers at one record, the last one by default.
-
-        Args:
-            index: Which record.
-        """
+        """The layers at one record, the last one by default."""
         line = self.lines[index]
         values = (line[key] for key in ('mean', 'var', 'mean_fixed', 'var_fixed'))
         return [
@@ -64,11 +60,7 @@ class History(NamedTuple):
         ]
 
     def thinned(self, count: int) -> 'History':
-        """With fewer records, evenly spread, the first and the last among them.
-
-        Args:
-            count: At most so many.
-        """
+        """With fewer records, evenly spread, the first and the last among them."""
         return self._replace(lines=[self.lines[i] for i in spread(len(self.lines), count)])
 
 
@@ -95,12 +87,6 @@ def start_history(
 
     Lines after the iteration at which the run resumes are dropped, as are a line that a kill cut
     off and the lines of other layers.
-
-    Args:
-        path: File to write.
-        rows: Layers of the model.
-        about: Facts of the run.
-        iteration: Iterations done.
     """
     layers = [
         dict(

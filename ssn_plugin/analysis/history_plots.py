@@ -334,11 +334,7 @@ class _SimplexDrawing:
         self.figure.legend(handles=handles, loc='outside right center', fontsize=9)
 
     def show(self, index: int) -> None:
-        """Draw the paths from the first record to this one.
-
-        Args:
-            index: The record, from 0.
-        """
+        """Draw the paths from the first record to this one."""
         line = self.history.lines[index]
         for statistic, names, columns, points, circle, paths, ends, labels in self.drawn:
             circle.set_radius(line['radius'])

@@ -73,9 +73,6 @@ def layer_ratios(model: nn.Module) -> list[LayerRatios]:
 
     The whole model costs one synchronisation with the device.
 
-    Args:
-        model: A model with SSN or SN layers.
-
     Example:
         >>> import torch
         >>> from ssn_plugin import SSN

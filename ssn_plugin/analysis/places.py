@@ -25,9 +25,6 @@ class Place(NamedTuple):
 def place_of(layer: str) -> Place:
     """Place of a layer in a ResNet, or in a detector, segmentor or classifier with one.
 
-    Args:
-        layer: Name of the layer in the model.
-
     Example:
         >>> from ssn_plugin.analysis.places import place_of
         >>> place_of('backbone.layer2.0.downsample.1')

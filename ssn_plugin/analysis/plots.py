@@ -112,10 +112,6 @@ def share_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
 def comparison_figure(sources: Mapping[str, Sequence[LayerRatios]], title: str) -> Figure:
     """Bars of two or more models above each other; a triangle marks layers that differ.
 
-    Args:
-        sources: Rows by the name of their model.
-        title: Title of the figure.
-
     Raises:
         ValueError: If there are fewer than two models, or one without rows.
     """
@@ -137,9 +133,6 @@ def comparison_figure(sources: Mapping[str, Sequence[LayerRatios]], title: str) 
 
 def shown_radius(rows: Sequence[LayerRatios]) -> str:
     """The radius of the layers, or that they have none, in words.
-
-    Args:
-        rows: Layers.
 
     Example:
         >>> from ssn_plugin.analysis.layer_ratios import LayerRatios

@@ -52,11 +52,7 @@ class Page(NamedTuple):
 
 
 def render_page(page: Page) -> str:
-    """HTML of a page.
-
-    Args:
-        page: What it says.
-    """
+    """HTML of a page."""
     environment = Environment(
         loader=PackageLoader('ssn_plugin.analysis', 'templates'),
         autoescape=True,

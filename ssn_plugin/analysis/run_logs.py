@@ -27,9 +27,6 @@ def read_run_logs(work_dir: Path) -> RunLogs:
 
     Where a resumed run repeats iterations, its numbers count. Lines that a kill cut off are left
     out.
-
-    Args:
-        work_dir: Folder of a training.
     """
     train: dict[int, dict[str, float]] = {}
     val: dict[int, dict[str, float]] = {}

@@ -100,20 +100,13 @@ def write_run_report(
 
 
 def dumped_config(work_dir: Path) -> Path | None:
-    """The config that the last run in a folder has dumped.
-
-    Args:
-        work_dir: The folder.
-    """
+    """The config that the last run in a folder has dumped."""
     dumped = sorted(work_dir.glob('*.py'), key=lambda path: path.stat().st_mtime)
     return dumped[-1] if dumped else None
 
 
 def figure_images(work_dir: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The figures of a training with a history, for a visualizer.
-
-    Args:
-        work_dir: Folder of the training.
 
     Yields:
         Name and RGB image, uint8, (H, W, 3).

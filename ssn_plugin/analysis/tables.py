@@ -53,24 +53,14 @@ def records(rows: Sequence[LayerRatios]) -> list[dict]:
 
 
 def write_json(sources: Mapping[str, Sequence[LayerRatios]], path: Path) -> None:
-    """Write the records of one or more models: name -> list of :func:`records`.
-
-    Args:
-        sources: Rows by the name of their model.
-        path: File to write.
-    """
+    """Write the records of one or more models: name -> list of :func:`records`."""
     content = {name: records(rows) for name, rows in sources.items()}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + '\n')
 
 
 def write_csv(sources: Mapping[str, Sequence[LayerRatios]], path: Path) -> None:
-    """Write the records of one or more models, a column per candidate.
-
-    Args:
-        sources: Rows by the name of their model.
-        path: File to write.
-    """
+    """Write the records of one or more models, a column per candidate."""
     candidates = list(
         dict.fromkeys(n for rows in sources.values() for r in rows for n in r.normalizers)
     )
@@ -87,12 +77,7 @@ def write_csv(sources: Mapping[str, Sequence[LayerRatios]], path: Path) -> None:
 
 
 def selection_table(rows: Sequence[LayerRatios], title: str) -> 'Table':
-    """A table for the terminal, by rich.
-
-    Args:
-        rows: What to show.
-        title: Heading.
-    """
+    """A table for the terminal, by rich."""
     from rich.table import Table
 
     table = Table(title=title, title_justify='left', header_style='bold')

@@ -72,11 +72,7 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
 
 
 def md5_of(path: str | os.PathLike) -> str:
-    """MD5 sum of a file in hexadecimal.
-
-    Args:
-        path: The file.
-    """
+    """MD5 sum of a file in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, 'rb') as file:
         while block := file.read(1 << 20):
@@ -110,11 +106,6 @@ def _holds_stand_in(value: object) -> bool:
 
 def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool = False) -> None:
     """Write a checkpoint to a temporary name beside its place and rename it.
-
-    Args:
-        checkpoint: What to write.
-        path: Where to.
-        overwrite: Replace a file of that name.
 
     Raises:
         CheckpointError: If the file exists or cannot be written; then nothing is left behind.

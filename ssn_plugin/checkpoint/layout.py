@@ -71,20 +71,12 @@ class Layout:
 
 
 def is_classifier(key: str) -> bool:
-    """Whether a key is of the classifier behind a backbone.
-
-    Args:
-        key: Key of a state dict.
-    """
+    """Whether a key is of the classifier behind a backbone."""
     return _CLASSIFIER.match(key) is not None
 
 
 def norm_layers(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of the norm layers of a state dict and what each is: 'SSN', 'SN', 'BN' or 'GN'.
-
-    Args:
-        state: State dict.
-    """
+    """Names of the norm layers of a state dict and what each is: 'SSN', 'SN', 'BN' or 'GN'."""
     found = {}
     for key, value in state.items():
         name, _, last = key.rpartition('.')
@@ -201,10 +193,6 @@ def _in_our_names(name: str, state: Mapping[str, Tensor]) -> str:
 
 def shown(names: list[str] | tuple[str, ...], limit: int = 3) -> str:
     """The first names of a list, and how many more there are.
-
-    Args:
-        names: Names.
-        limit: How many to show.
 
     Example:
         >>> from ssn_plugin.checkpoint.layout import shown

@@ -34,9 +34,6 @@ RELEASES = {
 def released(path: str | os.PathLike) -> Release | None:
     """Which release a file is, by its MD5 sum; None if it is none of them.
 
-    Args:
-        path: The file.
-
     Raises:
         CheckpointError: If it bears the name of a released file but is another one.
     """

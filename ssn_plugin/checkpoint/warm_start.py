@@ -85,13 +85,7 @@ def batch_norm_to_ssn(
 
 
 def check_warm_start(bn_ratio: float, fix: bool, normalizers: Sequence[str]) -> None:
-    """Raise ValueError naming what is wrong with the arguments of :func:`batch_norm_to_ssn`.
-
-    Args:
-        bn_ratio: As there.
-        fix: As there.
-        normalizers: As there.
-    """
+    """Raise ValueError naming what is wrong with the arguments of :func:`batch_norm_to_ssn`."""
     if not isinstance(bn_ratio, Real) or not 0 <= bn_ratio <= 1:
         raise ValueError(f'bn_ratio: got {bn_ratio!r}, expected a number in [0, 1]')
     if fix and bn_ratio != 1:

@@ -5,9 +5,5 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, whose module names are those of the config.
-
-    Args:
-        model: A model, wrapped or not.
-    """
+    """The model itself, whose module names are those of the config."""
     return model.module if is_model_wrapper(model) else model

@@ -64,14 +64,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None
     ) -> None:
-        """Add the parameters of a module and its children, recursively.
-
-        Args:
-            params: Parameter groups, extended in place.
-            module: The module.
-            prefix: Its name.
-            is_dcn_module: As in the base class.
-        """
+        """Add the parameters of a module and its children, recursively."""
         if not isinstance(module, SwitchableNorm):
             super().add_params(params, module, prefix, is_dcn_module)
             return

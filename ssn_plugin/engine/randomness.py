@@ -68,11 +68,7 @@ class PlacedSampler(Sampler):
             self._skip, sampler.skip = sampler.skip, self.skip
 
     def skip(self, num_samples: int) -> None:
-        """As that of the sampler.
-
-        Args:
-            num_samples: Indices to leave out.
-        """
+        """As that of the sampler."""
         self._skip(num_samples)
         self._next = num_samples
 
@@ -96,23 +92,14 @@ class PlacedSampler(Sampler):
 
 
 class SeededItems:
-    """Loads samples, each with generators seeded for its place, and leaves these as they were.
-
-    Args:
-        dataset: Where samples come from.
-        seed: That of the run.
-    """
+    """Loads samples, each with generators seeded for its place, and leaves these as they were."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = (seed, _SAMPLE, get_rank())
 
     def __call__(self, indices: list[int]) -> list:
-        """Load.
-
-        Args:
-            indices: Of a batch.
-        """
+        """Load."""
         with preserved_generators():
             return [self._load(index) for index in indices]
 
@@ -126,10 +113,6 @@ class SeededItems:
 
 def seed_samples(loader: DataLoader, seed: int) -> bool:
     """Make every sample that a loader loads a function of the seed, its index and its place.
-
-    Args:
-        loader: Before it is iterated over.
-        seed: That of the run.
 
     Returns:
         Whether it could be done: its sampler has to be one of mmengine.

@@ -36,11 +36,7 @@ class WholeFileBackend(LocalBackend):
         self.put(obj.encode(encoding), filepath)
 
     def remove(self, filepath: str | os.PathLike) -> None:
-        """Remove a file, or remember it inside :meth:`collecting_removals`.
-
-        Args:
-            filepath: The file.
-        """
+        """Remove a file, or remember it inside :meth:`collecting_removals`."""
         if self._later is None:
             super().remove(filepath)
         else:

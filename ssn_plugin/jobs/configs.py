@@ -10,10 +10,6 @@ from ssn_plugin.errors import InputError, in_one_line
 def load_config(path: str, options: dict | None = None) -> Config:
     """Read a config file and merge the command line's options into it.
 
-    Args:
-        path: The file.
-        options: Dotted keys and values.
-
     Raises:
         InputError: If the file is missing or cannot be read as a config.
     """

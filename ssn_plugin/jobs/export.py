@@ -77,11 +77,7 @@ class Features(nn.Module):
 
 
 class Logits(nn.Module):
-    """What an encoder-decoder makes of images: a logit per class and pixel.
-
-    Args:
-        model: A segmenter with one decode head.
-    """
+    """What an encoder-decoder makes of images: a logit per class and pixel."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -74,11 +74,7 @@ class _Options(DictAction):
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of training; all but ``config`` and ``--cfg-options`` are the framework's.
-
-    Args:
-        parser: Gets them.
-    """
+    """The arguments of training; all but ``config`` and ``--cfg-options`` are the framework's."""
     _add_common_arguments(parser)
     parser.add_argument(
         '--resume',
@@ -94,11 +90,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_test_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of testing; all but ``config`` and ``--cfg-options`` are the framework's.
-
-    Args:
-        parser: Gets them.
-    """
+    """The arguments of testing; all but ``config`` and ``--cfg-options`` are the framework's."""
     _add_common_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='where to write the predictions')

@@ -8,9 +8,6 @@ from ssn_plugin.errors import InputError
 def last_checkpoint(folder: str | Path) -> str | None:
     """What ``last_checkpoint`` in a work dir says; None where there is no such file.
 
-    Args:
-        folder: The work dir.
-
     Raises:
         InputError: If it cannot be read or names no file.
     """

@@ -149,9 +149,6 @@ def check_checkpoint(name: str, path: str, advice: str = '') -> None:
 def check_resumable(path: str) -> None:
     """Load the checkpoint that a run goes on from, and see that a run has left it.
 
-    Args:
-        path: File or address.
-
     Raises:
         InputError: If it cannot be loaded, or lacks what mmengine goes on with.
     """
@@ -171,9 +168,6 @@ def check_resumable(path: str) -> None:
 
 def check_work_dir(path: str) -> None:
     """Make the folder a run writes to.
-
-    Args:
-        path: The folder.
 
     Raises:
         InputError: If it cannot be made or written to.

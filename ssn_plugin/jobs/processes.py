@@ -60,11 +60,7 @@ def leave_processes() -> None:
 
 
 def wrapper_options(config: Config) -> list[str]:
-    """KEY=VALUE pairs that make the config's model wrapper one for the CPU.
-
-    Args:
-        config: The whole config.
-    """
+    """KEY=VALUE pairs that make the config's model wrapper one for the CPU."""
     wrapper = config.get('model_wrapper_cfg') or {}
     if wrapper.get('type', _WRAPPER) != _WRAPPER:
         return []  # it knows of no device_ids
@@ -82,12 +78,7 @@ def wrapper_options(config: Config) -> list[str]:
 
 
 def with_options(arguments: list[str], options: list[str]) -> list[str]:
-    """A command line with more ``--cfg-options``; argparse takes only the last list of them.
-
-    Args:
-        arguments: The command line.
-        options: KEY=VALUE pairs.
-    """
+    """A command line with more ``--cfg-options``; argparse takes only the last list of them."""
     # argparse takes abbreviations, and no other option of the scripts begins so.
     places = [i for i, argument in enumerate(arguments) if argument.startswith('--c')]
     if not options:

@@ -67,10 +67,6 @@ def _of_data_set(config: Config) -> list[str]:
 def sample_batches(config: Config, images: Sequence[str]) -> Iterator[dict]:
     """What a test data loader would give for image files that have no annotations.
 
-    Args:
-        config: The whole config.
-        images: The files.
-
     Yields:
         Batches of one image each, before the model's data preprocessor.
 

@@ -64,11 +64,7 @@ class SSNResNetMixin:
             print_log(line, logger='current')
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As the framework's ResNet, with ``norm_eval`` for SSN and SN.
-
-        Args:
-            mode: Whether to train.
-        """
+        """As the framework's ResNet, with ``norm_eval`` for SSN and SN."""
         super().train(mode)
         if mode and self.norm_eval:
             for module in self.modules():
