@@ -17,6 +17,7 @@ NEEDS = {
     'mmdet_resnet': 'mmdet',
     'mmseg_resnet': 'mmseg',
     'mmpretrain_resnet': 'mmpretrain',
+    'mmpose_resnet': 'mmpose',
     'mmpretrain_dropout_head': 'mmpretrain',
     'demo_data': 'skimage',
     'plots': 'matplotlib',

@@ -40,7 +40,7 @@ TORCH_ALONE = {
     'training',
     'checkpoint',
 }
-FRAMEWORKS = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'}
+FRAMEWORKS = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mmpose', 'mmaction'}
 MAY_IMPORT_FRAMEWORKS = {'models', 'engine', 'jobs'}
 
 

@@ -1,6 +1,8 @@
 """SSNResNet: the ResNet of a framework, made that of the released SSN weights."""
 
+import importlib
 import importlib.util
+import logging
 
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
@@ -14,7 +16,8 @@ from ssn_plugin.models.pretrained import (
     without_pretrained,
 )
 
-_FRAMEWORKS = ('mmdet', 'mmseg', 'mmpretrain')
+# Each has a module FRAMEWORK_resnet here.
+_FRAMEWORKS = ('mmdet', 'mmseg', 'mmpretrain', 'mmpose')
 
 
 class SSNResNetMixin:
@@ -76,13 +79,14 @@ class SSNResNetMixin:
 def build_ssn_resnet(**kwargs) -> nn.Module:
     """Build the SSNResNet of the codebase in whose scope a model is built.
 
-    It stands in the root registry under 'SSNResNet', so that one name serves mmdet, mmseg and
-    mmpretrain, and none is imported before it is needed.
+    It stands in the root registry under 'SSNResNet', so that one name serves mmdet, mmseg,
+    mmpretrain and mmpose, and none is imported before it is needed. In any other scope it is that
+    of the first of them that is installed, and says so, as defaults such as ``norm_eval`` differ.
 
     Args:
         **kwargs: Arguments of the ResNet of mmdet (``default_scope='mmdet'``) or of mmseg
             (``default_scope='mmseg'``, which adds ``multi_grid`` and ``contract_dilation``) or of
-            mmpretrain (``default_scope='mmpretrain'``, which adds ``drop_path_rate``).
+            mmpretrain (``default_scope='mmpretrain'``, which adds ``drop_path_rate``) or of mmpose.
             ``norm_cfg`` is ``dict(type='SSN')`` unless given.
 
     Returns:
@@ -103,14 +107,14 @@ def build_ssn_resnet(**kwargs) -> nn.Module:
     scope = None if current is None else current.scope_name
     if scope not in _FRAMEWORKS:
         # Code that builds a backbone by hand may have set no scope.
-        scope = next(
-            (framework for framework in _FRAMEWORKS if importlib.util.find_spec(framework)),
-            _FRAMEWORKS[0],
-        )
-    if scope == 'mmseg':
-        from ssn_plugin.models.mmseg_resnet import SSNResNet
-    elif scope == 'mmpretrain':
-        from ssn_plugin.models.mmpretrain_resnet import SSNResNet
-    else:
-        from ssn_plugin.models.mmdet_resnet import SSNResNet
-    return SSNResNet(**kwargs)
+        installed = (framework for framework in _FRAMEWORKS if importlib.util.find_spec(framework))
+        taken = next(installed, _FRAMEWORKS[0])
+        if scope not in (None, 'mmengine'):
+            print_log(
+                f'SSNResNet: {scope} has none of its own; that of {taken} is built, with the '
+                f'defaults of {taken}{", norm_eval=True among them" * (taken == "mmdet")}',
+                logger='current',
+                level=logging.WARNING,
+            )
+        scope = taken
+    return importlib.import_module(f'ssn_plugin.models.{scope}_resnet').SSNResNet(**kwargs)

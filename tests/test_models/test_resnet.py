@@ -1,8 +1,11 @@
 """SSNResNet of mmdet and mmseg: layout, stem, norm_eval, frozen stages, equal to their ResNet."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
@@ -208,10 +211,26 @@ def test_scope_decides_the_codebase(framework):
     assert type(MODELS.build(dict(cfg, _scope_=framework))).__module__ == expected
 
 
-@pytest.mark.parametrize('scope', [None, 'mmengine'])
-def test_other_scopes_build_mmdets(scope):
-    pytest.importorskip('mmdet')
-    assert type(build(scope)).__module__ == 'ssn_plugin.models.mmdet_resnet'
+@pytest.mark.parametrize('scope', [None, 'mmengine', 'mmrotate'])
+def test_a_scope_without_a_resnet_says_whose_is_built(scope, caplog):
+    frameworks = ('mmdet', 'mmseg', 'mmpretrain', 'mmpose')
+    taken = next((name for name in frameworks if find_spec(name)), None)
+    if taken is None:
+        pytest.skip('no framework')
+    MMLogger.get_instance('scopes').addHandler(caplog.handler)
+    assert type(build(scope)).__module__ == f'ssn_plugin.models.{taken}_resnet'
+    told = [text for text in caplog.messages if text.startswith('SSNResNet:')]
+    assert len(told) == (scope == 'mmrotate')
+    assert all('mmrotate has none' in text and f'of {taken} is built' in text for text in told)
+
+
+def test_mmpose_has_its_own_defaults():
+    pytest.importorskip('mmpose.models.backbones')
+    model = build('mmpose')
+    assert type(model).__module__ == 'ssn_plugin.models.mmpose_resnet'
+    assert not model.norm_eval
+    assert len(norms_of(model)) == 20
+    assert model.train().sn1.training
 
 
 def test_isinstance_of_the_hosts_resnet(framework):
