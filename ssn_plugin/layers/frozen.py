@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ssn_plugin.torch_versions import is_compiling
+
 
 class _Held(NamedTuple):
     """Frozen choices of a layer by 'mean' and 'var', and their one-hot vectors.
@@ -54,7 +56,7 @@ def known_choices(layer: nn.Module) -> tuple[int | None, int | None]:
     Args:
         layer: An SSN.
     """
-    if torch.compiler.is_compiling() or layer not in _held:
+    if is_compiling() or layer not in _held:
         return None, None
     choices, _, flags = _held[layer]
     found = _flags(layer, choices)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as plain_switchable_norm
 from ssn_plugin.ops.switchable_norm.statistics import Settings
+from ssn_plugin.torch_versions import is_compiling
 
 
 def _check_dimensions(x: Tensor) -> None:
@@ -56,7 +57,7 @@ class _RowNorm:
             x: Shape (N, C, ...).
         """
         self._check_input_dim(x)
-        if not self.training and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not self.training and (is_compiling() or torch.jit.is_tracing()):
             # A choice by size would hold for this size alone in what is recorded.
             settings = Settings(('IN',), self.num_features, 0, self.eps)
             ratios = [1.0]

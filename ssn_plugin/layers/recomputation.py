@@ -2,10 +2,12 @@
 
 import torch
 
+from ssn_plugin.torch_versions import is_compiling
+
 
 def recomputes() -> bool:
     """Whether gradient checkpointing runs a forward pass of this step once more.
 
     It does so inside the backward pass. A compiled graph cannot ask.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and torch._C._current_graph_task_id() != -1

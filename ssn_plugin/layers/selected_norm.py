@@ -9,6 +9,7 @@ from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as plain_switchable_norm
 from ssn_plugin.ops.switchable_norm.ratios import Selection
 from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS, Settings
+from ssn_plugin.torch_versions import is_compiling
 
 
 class SelectedNorm(nn.Module):
@@ -120,7 +121,7 @@ class SelectedNorm(nn.Module):
                 floating-point.
         """
         running_mean, running_var = self.running_mean, self.running_var
-        if not self.training and (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not self.training and (is_compiling() or torch.jit.is_tracing()):
             return plain_switchable_norm(
                 x,
                 *self._ratios,

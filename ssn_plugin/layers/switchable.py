@@ -11,6 +11,7 @@ from ssn_plugin.layers.small_batch import warn_of_one_sample
 from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
 from ssn_plugin.ops.switchable_norm.ratios import Selection, importance_ratios
 from ssn_plugin.ops.switchable_norm.statistics import Settings
+from ssn_plugin.torch_versions import is_compiling
 
 
 class SwitchableNorm(nn.Module):
@@ -130,7 +131,7 @@ class SwitchableNorm(nn.Module):
             )
         if not x.is_floating_point():
             raise ValueError(f'x: got {x.dtype}, expected a floating-point tensor')
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not is_compiling() and torch._C._are_functorch_transforms_active():
             # Inside vmap 'BN' would not see the batch, and what it tracks would be lost.
             raise RuntimeError(
                 f'{type(self).__name__}: got a call inside a transform of torch.func (vmap, grad, '
@@ -167,7 +168,7 @@ class SwitchableNorm(nn.Module):
                 batches.add_(1)
             if self.momentum is None:
                 momentum = batches.to(running_mean.dtype).reciprocal()
-            if x.shape[0] == 1 and group is None and not torch.compiler.is_compiling():
+            if x.shape[0] == 1 and group is None and not is_compiling():
                 warn_of_one_sample(self)
         return switchable_norm(
             x,

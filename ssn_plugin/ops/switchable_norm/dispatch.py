@@ -31,6 +31,7 @@ from ssn_plugin.ops.switchable_norm.ratios import (
     unknown_ratios,
 )
 from ssn_plugin.ops.switchable_norm.statistics import Settings, takes_part
+from ssn_plugin.torch_versions import is_compiling
 
 _BACKEND = os.environ.get('SSN_BACKEND', '')
 if _BACKEND not in ('', 'eager', 'triton'):
@@ -53,7 +54,7 @@ def _fused_function(x: Tensor) -> type[torch.autograd.Function] | None:
 
     if _BACKEND:
         return None if x.dtype == torch.float64 else fused.FusedSwitchableNormFunction
-    if not fused.triton.is_available() and not torch.compiler.is_compiling():
+    if not fused.triton.is_available() and not is_compiling():
         _say_that_triton_is_missing()
     return fused.FusedSwitchableNormFunction if fused.triton.supports(x) else None
 

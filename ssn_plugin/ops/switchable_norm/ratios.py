@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ssn_plugin.ops.sparsestmax import SparsestMaxFunction
 from ssn_plugin.ops.sparsestmax_floats import sparsestmax
+from ssn_plugin.torch_versions import is_compiling
 
 # Choice of what is not frozen; also of a frozen one whose flag was copied without it, in a model
 # that took over parameters and persistent buffers: there the largest control parameter tells.
@@ -149,7 +150,7 @@ def readable(*tensors: Tensor) -> bool:
 
     The tensors are in the memory of the host, no subclass, and nobody records what is done to them.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_compiling() or torch.jit.is_tracing():
         return False
     if _get_current_dispatch_mode() is not None:
         return False

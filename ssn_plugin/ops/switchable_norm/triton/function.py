@@ -6,13 +6,14 @@ from torch.autograd.function import once_differentiable
 
 from ssn_plugin.ops.switchable_norm.statistics import Settings
 from ssn_plugin.ops.switchable_norm.triton import launch as triton
+from ssn_plugin.torch_versions import is_compiling
 
 
 def _forward(momentum: float | Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """The kernels, or inside torch.compile the operator that stands for them."""
     *tensors, training, settings, selected = arguments
     normalizers, num_groups, correction, eps = settings
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return triton.forward(
             *tensors, momentum, training, normalizers, num_groups, correction, eps, selected
         )
@@ -31,7 +32,7 @@ def _backward(
     normalizers, num_groups, correction, eps = ctx.settings
     arguments = (dy, x, saved, weight, ctx.ratio_map, ctx.constant)
     arguments += (normalizers, num_groups, correction, eps)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return triton.backward(*arguments, ctx.selected, *wanted)
     from ssn_plugin.ops.switchable_norm.triton import custom_ops
 
