@@ -103,18 +103,19 @@ def check_layer(num_features: int, eps: float, momentum: float | None, correctio
         raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
 
 
-def check_groups(num_groups: int, num_features: int) -> None:
-    """Raise ValueError if 'GN' cannot have so many groups."""
+def groups_of(num_groups: int, num_features: int) -> int:
+    """The largest divisor of the channels up to ``num_groups``, or raise ValueError naming that.
+
+    Networks have layers of 48 channels and of a prime number of classes, too.
+    """
     whole = isinstance(num_groups, Integral) and not isinstance(num_groups, bool)
-    if not whole or num_groups < 1 or num_features % num_groups:
-        raise ValueError(
-            f'num_groups: got {num_groups!r}, expected a divisor of num_features={num_features}'
-        )
+    if not whole or num_groups < 1:
+        raise ValueError(f'num_groups: got {num_groups!r}, expected a positive integer')
+    at_most = range(min(num_groups, max(num_features, 1)), 0, -1)
+    return next(groups for groups in at_most if num_features % groups == 0)
 
 
-def check_normalizers(
-    normalizers: Sequence[str], num_features: int, num_groups: int
-) -> tuple[str, ...]:
+def check_normalizers(normalizers: Sequence[str]) -> tuple[str, ...]:
     """Return the candidates as a tuple, or raise ValueError naming what is wrong with them."""
     known = ', '.join(NORMALIZERS)
     listed = isinstance(normalizers, list | tuple)
@@ -124,8 +125,6 @@ def check_normalizers(
         raise ValueError(
             f'normalizers: got {tuple(normalizers)!r}, expected at least 2 different names'
         )
-    if 'GN' in normalizers:
-        check_groups(num_groups, num_features)
     return tuple(normalizers)
 
 
@@ -168,7 +167,7 @@ def switchable_norm(
         momentum: Weight of the new value in the running statistics.
         eps: Added to the mixed variance.
         normalizers: K names out of 'IN', 'LN', 'BN', 'GN'.
-        num_groups: Groups of 'GN'.
+        num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: Divisor of the instance variance is H*W - correction. 0 is the paper's; 1 is
             what the authors' release computes, for weights trained with it.
 
@@ -177,8 +176,8 @@ def switchable_norm(
 
     Raises:
         ValueError: If ``x`` has less than 2 dimensions or is not floating-point, ratios are not
-            (K,), C is not divisible by ``num_groups``, a name is unknown, only one of the running
-            statistics is given, or ``correction`` is not 0 or 1.
+            (K,), a name is unknown, only one of the running statistics is given, ``num_groups`` is
+            no positive integer, or ``correction`` is not 0 or 1.
 
     Example:
         >>> import torch
@@ -200,7 +199,8 @@ def switchable_norm(
     if (running_mean is None) != (running_var is None):
         name = 'running_mean' if running_mean is None else 'running_var'
         raise ValueError(f'{name}: got None, expected both running statistics or neither')
-    normalizers = check_normalizers(normalizers, x.shape[1], num_groups)
+    normalizers = check_normalizers(normalizers)
+    num_groups = groups_of(num_groups, x.shape[1])
     for name, ratios in (('mean_ratios', mean_ratios), ('var_ratios', var_ratios)):
         if ratios.shape != (len(normalizers),):
             raise ValueError(

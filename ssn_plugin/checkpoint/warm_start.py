@@ -90,7 +90,7 @@ def check_warm_start(bn_ratio: float, fix: bool, normalizers: Sequence[str]) -> 
         raise ValueError(f'bn_ratio: got {bn_ratio!r}, expected a number in [0, 1]')
     if fix and bn_ratio != 1:
         raise ValueError(f'fix: a ratio of {bn_ratio} is not one-hot, expected bn_ratio=1')
-    if 'BN' not in check_normalizers(normalizers, 1, 1):
+    if 'BN' not in check_normalizers(normalizers):
         raise ValueError(f"normalizers: got {tuple(normalizers)!r}, expected 'BN' among them")
 
 

@@ -54,7 +54,7 @@ def convert_batch_norm(
         model: Any module; changed in place.
         bn_ratio: Importance ratio r of BN, in [0, 1].
         normalizers: Candidates of the new layers, BN among them.
-        num_groups: Groups of 'GN', if that is a candidate.
+        num_groups: Groups of 'GN', if that is a candidate: the largest divisor of C up to it.
 
     Returns:
         The model; a new layer if the model itself is a BatchNorm.
@@ -94,7 +94,7 @@ def check_warm_start(bn_ratio: float, normalizers: Sequence[str]) -> None:
     """Raise ValueError if no SSN can start from a BatchNorm with these arguments."""
     if not isinstance(bn_ratio, Real) or not 0 <= bn_ratio <= 1:
         raise ValueError(f'bn_ratio: got {bn_ratio!r}, expected a number in [0, 1]')
-    if 'BN' not in check_normalizers(normalizers, 1, 1):
+    if 'BN' not in check_normalizers(normalizers):
         raise ValueError(f"normalizers: got {tuple(normalizers)!r}, expected 'BN' among them")
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.functional import check_groups, check_layer
+from ssn_plugin.functional import check_layer, groups_of
 from ssn_plugin.layers.recomputation import recomputes
 from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as plain_switchable_norm
@@ -31,7 +31,7 @@ class SelectedNorm(nn.Module):
         momentum: Weight of the new value in the running statistics; None is the cumulative average.
         affine: Whether to learn ``weight`` and ``bias``.
         track_running_stats: Whether 'BN' keeps running statistics for evaluation.
-        num_groups: Groups of 'GN'.
+        num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
 
     Raises:
@@ -66,20 +66,18 @@ class SelectedNorm(nn.Module):
                 known = ', '.join(NORMALIZERS)
                 raise ValueError(f'{name}: got {source!r}, expected one of {known}')
         sources = (mean_source, var_source)
-        if 'GN' in sources:
-            check_groups(num_groups, num_features)
         self.num_features = int(num_features)
         self.mean_source = mean_source
         self.var_source = var_source
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
-        self.num_groups = num_groups
+        self.num_groups = groups_of(num_groups, num_features)
         self.correction = correction
         self.track_running_stats = track_running_stats and 'BN' in sources
 
         names = tuple(dict.fromkeys(sources))
-        self._settings = Settings(names, num_groups, correction, eps)
+        self._settings = Settings(names, self.num_groups, correction, eps)
         self._choices = tuple(map(names.index, sources))
         self._ratios = [[float(name == source) for name in names] for source in sources]
         # What a frozen SSN holds, so that its forward pass serves here too. Before those that may

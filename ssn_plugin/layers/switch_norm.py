@@ -23,7 +23,7 @@ class SN(SwitchableNorm):
         affine: Whether to learn ``weight`` and ``bias``.
         track_running_stats: Whether 'BN' keeps running statistics for evaluation.
         normalizers: Candidates. ``('IN', 'LN')`` is the SN without BN of the authors' release.
-        num_groups: Groups of 'GN'.
+        num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.functional import check_layer, check_normalizers
+from ssn_plugin.functional import check_layer, check_normalizers, groups_of
 from ssn_plugin.layers.recomputation import recomputes
 from ssn_plugin.layers.small_batch import warn_of_one_sample
 from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
@@ -28,7 +28,7 @@ class SwitchableNorm(nn.Module):
         affine: Whether to learn ``weight`` and ``bias``.
         track_running_stats: Whether 'BN' keeps running statistics for evaluation.
         normalizers: Candidates out of 'IN', 'LN', 'BN', 'GN'.
-        num_groups: Groups of 'GN'.
+        num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
 
     Raises:
@@ -58,8 +58,8 @@ class SwitchableNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
-        self.normalizers = check_normalizers(normalizers, num_features, num_groups)
-        self.num_groups = num_groups
+        self.normalizers = check_normalizers(normalizers)
+        self.num_groups = groups_of(num_groups, num_features)
         self.correction = correction
         self.track_running_stats = track_running_stats and 'BN' in self.normalizers
 
@@ -193,7 +193,10 @@ class SwitchableNorm(nn.Module):
             pairs = zip(self.normalizers, ratios.tolist(), strict=True)
             return ' '.join(f'{name} {ratio:.3f}' for name, ratio in pairs)
 
-        groups = f', num_groups={self.num_groups}' if 'GN' in self.normalizers else ''
+        groups = ''
+        if 'GN' in self.normalizers:
+            other = {1: ' (which is LN)', self.num_features: ' (which is IN)'}
+            groups = f', num_groups={self.num_groups}{other.get(self.num_groups, "")}'
         ratios = ''
         if not self.mean_weight.is_meta:  # there it has no value to show
             mean, var = shown(self.mean_ratios), shown(self.var_ratios)

@@ -45,7 +45,7 @@ class SyncSSN(SSN):
         affine: Whether to learn ``weight`` and ``bias``.
         track_running_stats: Whether 'BN' keeps running statistics for evaluation.
         normalizers: Candidates out of 'IN', 'LN', 'BN', 'GN'.
-        num_groups: Groups of 'GN'.
+        num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
         radius: Initial radius of the circle.
         process_group: The processes; None is all of them. Copies share it; a file does not hold it.

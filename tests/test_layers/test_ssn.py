@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssn_plugin import SN, SSN, SSN1d, SSN2d, SSN3d, set_radius
+from ssn_plugin import SN, SSN, SSN1d, SSN2d, SSN3d, SyncSSN, collapse_ssn, set_radius
 from ssn_plugin.ops import reference
 
 NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
@@ -336,14 +336,8 @@ BAD_ARGUMENTS = {
     'no name': (dict(normalizers=()), ('normalizers:', '()', 'at least 2')),
     'a name twice': (dict(normalizers=('BN', 'BN')), ('normalizers:', "('BN', 'BN')", 'different')),
     'a string': (dict(normalizers='BN'), ('normalizers:', "'BN'", 'names')),
-    'groups that do not divide': (
-        dict(normalizers=('BN', 'GN'), num_groups=3),
-        ('num_groups:', '3', 'divisor of num_features=8'),
-    ),
-    'default groups that do not divide': (
-        dict(normalizers=('BN', 'GN')),
-        ('num_groups:', '32', 'divisor of num_features=8'),
-    ),
+    'no group': (dict(normalizers=('BN', 'GN'), num_groups=0), ('num_groups:', '0', 'positive')),
+    'half a group': (dict(num_groups=2.5), ('num_groups:', '2.5', 'positive integer')),
     'correction': (dict(correction=2), ('correction:', '2', '0 or 1')),
     'correction between': (dict(correction=0.5), ('correction:', '0.5', '0 or 1')),
 }
@@ -598,3 +592,32 @@ def test_layer_made_on_the_meta_device():
     assert layer(torch.empty(SHAPE, device='meta')).shape == SHAPE
     layer.to_empty(device='cpu').load_state_dict(SSN(CHANNELS).state_dict())
     assert layer(torch.randn(SHAPE)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ('channels', 'groups', 'told'),
+    [(48, 24, 'num_groups=24,'), (67, 1, 'num_groups=1 (which is LN)'), (12, 12, '(which is IN)')],
+)
+@pytest.mark.parametrize('kind', [SSN, SyncSSN, SN])
+def test_gn_takes_every_number_of_channels(kind, channels, groups, told):
+    """Undecided and decided, forward and backward, saved and collapsed, it is torch's GroupNorm."""
+    layer = kind(channels, normalizers=('LN', 'GN', 'BN'))
+    assert told in repr(layer)
+    x = torch.randn(3, channels, 4, 5, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert layer.mean_weight.grad.isfinite().all()
+    if kind is SN:
+        return
+    with torch.no_grad():
+        for weight in (layer.mean_weight, layer.var_weight):
+            weight.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    set_radius(layer, 1.0)
+    again = kind(channels, normalizers=('LN', 'GN', 'BN'))
+    again.load_state_dict(layer.state_dict())
+    expected = nn.GroupNorm(groups, channels)
+    upstream = torch.randn(x.shape)
+    (wanted,) = torch.autograd.grad(expected(x), x, upstream)
+    for found in (layer, again, collapse_ssn(again)):
+        assert torch.allclose(found(x), expected(x), atol=1e-5)
+        (gradient,) = torch.autograd.grad(found(x), x, upstream)
+        assert torch.allclose(gradient, wanted, atol=1e-4)
