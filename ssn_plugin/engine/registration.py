@@ -17,6 +17,7 @@ from ssn_plugin.engine.hooks.precise_stats_hook import PreciseStatsHook
 from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
 from ssn_plugin.engine.hooks.ratio_hook import SSNRatioHook
 from ssn_plugin.engine.hooks.resume_hook import SSNResumeHook
+from ssn_plugin.engine.hooks.start_hook import SSNStartHook
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
 from ssn_plugin.engine.whole_file_backend import WholeFileBackend
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
@@ -35,7 +36,14 @@ for _named in (SSNNamedBN, SyncSSNNamedBN, SNNamedBN, GNNamedBN):
 MODELS.register_module(name='SSNResNet', module=build_ssn_resnet)
 MODELS.register_module(name='DropoutLinearClsHead', module=build_dropout_linear_cls_head)
 MODELS.register_module(name=COLLAPSED, module=build_collapsed_ssn)
-for _hook in (SSNRadiusHook, SSNRatioHook, SSNResumeHook, SSNCheckpointHook, PreciseStatsHook):
+for _hook in (
+    SSNStartHook,
+    SSNRadiusHook,
+    SSNRatioHook,
+    SSNResumeHook,
+    SSNCheckpointHook,
+    PreciseStatsHook,
+):
     HOOKS.register_module(module=_hook)
 OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=SSNOptimWrapperConstructor)
 CheckpointLoader.register_scheme('bn2ssn://', load_from_bn2ssn)
