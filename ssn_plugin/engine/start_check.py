@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ssn_plugin.analysis.config_entries import as_list, norm_configs, type_name
+from ssn_plugin.engine.unheard import unheard_settings
 from ssn_plugin.errors import InputError
 from ssn_plugin.layers.radius import undecided_layers
 from ssn_plugin.layers.ssn import SSN
@@ -153,7 +154,7 @@ def training_warnings(
     """What will keep layers from being decided, or decide them for nothing, with its remedy.
 
     Args:
-        model: What is trained, with the weights that it starts from.
+        model: What is trained, with the weights that it starts from; put into training mode.
         images: Images of each process; None where that is not known.
         hooks: Class names of the hooks of the run.
         config: The whole config; it may be empty.
@@ -177,22 +178,19 @@ def training_warnings(
             f'{_places(frozen)}: their norm_cfg has requires_grad=False, or frozen_stages covers '
             'them; set requires_grad=True and frozen_stages=-1, or start from decided weights'
         )
-    training = _layers_in_training(model)
-    held = {name: layer for name, layer in learning.items() if layer not in training}
+    for name, setting, count in unheard_settings(model):  # the model is in training mode from here
+        yield (
+            f'{setting}=True of {name or "the model"} reaches BatchNorm alone, so {count} SSN '
+            f"layers train on: set {setting}=False, or take type='SSNResNet', which obeys norm_eval"
+        )
+    held = {name: layer for name, layer in learning.items() if not layer.training}
     if held:
         yield (
             f'{len(held)} undecided SSN layers take running statistics while they learn, in '
             f'{_places(held)}: set norm_eval=False, or start from decided weights'
         )
-    for name, module in layers.items():
-        if getattr(module, 'norm_eval', False) and not training.isdisjoint(module.modules()):
-            yield (
-                f'{name}.norm_eval: got True, which this {type(module).__name__} applies to '
-                'BatchNorm alone, so its SSN layers train on: set it to False, or take '
-                "type='SSNResNet', which obeys it"
-            )
     if images == 1:
-        yield from _one_image_warnings([layer for layer in learning.values() if layer in training])
+        yield from _one_image_warnings([layer for layer in learning.values() if layer.training])
 
 
 def _optimizer_warnings(
@@ -214,16 +212,6 @@ def _optimizer_warnings(
             f'control parameters get {told} of all others: set '
             "optim_wrapper=dict(constructor='SSNOptimWrapperConstructor')"
         )
-
-
-def _layers_in_training(model: nn.Module) -> set[nn.Module]:
-    """The SSN layers that are in training mode where the model is; backbones may hold some back."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    found = {m for m in modes if isinstance(m, SSN) and m.training}
-    for module, mode in modes.items():
-        module.training = mode
-    return found
 
 
 def _one_image_warnings(layers: Sequence[nn.Module]) -> Iterator[str]:

@@ -41,9 +41,9 @@ def test_settings_that_are_off_heard_or_about_other_layers():
 
 
 def test_the_hook_says_so(make_runner, caplog):
-    runner = make_runner(hooks=[dict(type='SSNRadiusHook')])
+    runner = make_runner(hooks=[dict(type='SSNStartHook')])
     runner.logger.addHandler(caplog.handler)
     runner.model.norm_eval = True
     runner.train()
     (told,) = (text for text in caplog.messages if 'norm_eval' in text)
-    assert 'go on learning' in told
+    assert 'norm_eval=True of the model reaches BatchNorm alone, so 2 SSN layers' in told

@@ -4,7 +4,6 @@ from mmengine.hooks import Hook
 
 from ssn_plugin.checkpoint.traits import traits_of
 from ssn_plugin.engine.model_wrapper import unwrapped
-from ssn_plugin.engine.unheard import unheard_settings
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.training import radius_at
@@ -83,11 +82,6 @@ class SSNRadiusHook(Hook):
                 f'SSNRadiusHook: {len(pairs)} SSN layers have two candidates, '
                 f'{pairs[0].normalizers}, and choose within the first iterations when the radius '
                 'grows from the start; set begin, for example dict(type="SSNRadiusHook", begin=0.3)'
-            )
-        for name, setting, count in unheard_settings(unwrapped(runner.model)):
-            runner.logger.warning(
-                f'SSNRadiusHook: {setting}=True of {name or "the model"} reaches BatchNorm alone, '
-                f'{count} SSN layers go on learning; SSNResNet obeys norm_eval, else leave it out'
             )
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
