@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from ssn_plugin.ops.sparsestmax import SparsestMaxFunction
-from ssn_plugin.ops.switchable_norm import dispatch as ops
-from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS, Settings
+from ssn_plugin.ops.switchable_norm import dispatch
+from ssn_plugin.ops.switchable_norm.ratios import Control
+from ssn_plugin.ops.switchable_norm.statistics import (
+    NORMALIZERS,
+    BatchStatistics,
+    Moments,
+    Settings,
+)
 
 
 def check_radius(radius: float, name: str = 'radius') -> float:
@@ -34,14 +40,14 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
     entries stay positive. Then ties break toward the last of the equal candidates (BN in the
     layer): p moves from the centre of the tied entries straight toward its vertex. The gradient at
     an exact tie is that of sparsemax, dz = dp - mean(dp) over the tied entries. Elsewhere it is the
-    exact Jacobian, whose norm grows as radius / distance from the tie, up to 1e6. Only first
-    derivatives are available.
+    exact Jacobian, whose norm grows as radius / distance from the tie, up to 1e6. A second
+    derivative raises RuntimeError.
 
     Args:
         z: Shape (..., K, ...) with K >= 2 entries along ``dim``. float16 and bfloat16 are computed
             in float32. Where a vector holds NaN or inf, its p is NaN.
         radius: In the units of p, without gradient. A 0-d tensor on the device of ``z`` is never
-            synchronised with the host; NaN in it makes p NaN.
+            read by the CPU; NaN in it makes p NaN.
         dim: The dimension of the vectors.
 
     Returns:
@@ -84,7 +90,7 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
     else:
         if isinstance(radius, bool) or not isinstance(radius, int | float) or math.isnan(radius):
             raise ValueError(f'radius: got {radius!r}, expected a number or a 0-d tensor')
-        # Filled on the device: a copy from the host would wait. Beyond 1 all radii are alike.
+        # Filled on the device: a copy from the CPU would wait. Beyond 1 all radii are alike.
         dtype = torch.promote_types(z.dtype, torch.float32)
         radius = torch.full((), min(max(radius, 0.0), 1.0), dtype=dtype, device=z.device)
     return SparsestMaxFunction.apply(z.movedim(dim, -1), radius).movedim(-1, dim)
@@ -216,17 +222,17 @@ def switchable_norm(
             raise ValueError(f'{name}: got shape {tuple(vector.shape)}, expected ({x.shape[1]},)')
     if not isinstance(correction, Integral) or correction not in (0, 1):
         raise ValueError(f'correction: got {correction!r}, expected 0 or 1')
-    return ops.switchable_norm(
+    running = None if running_mean is None else Moments(running_mean, running_var)
+    batch = (
+        BatchStatistics(tracked=running, momentum=momentum)
+        if training
+        else BatchStatistics(given=running)
+    )
+    return dispatch.switchable_norm(
         x,
-        mean_ratios,
-        var_ratios,
+        Control(mean_ratios, var_ratios, 'given'),
         weight,
         bias,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        'given',
-        None,
+        batch,
         Settings(normalizers, num_groups, correction, eps),
     )

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from ssn_plugin.layers.convert import replace_layers
 from ssn_plugin.layers.switchable import SwitchableNorm
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm
-from ssn_plugin.ops.switchable_norm.statistics import Settings
+from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
 
 
 class ConstantRatioNorm(nn.Module):
@@ -40,8 +40,7 @@ class ConstantRatioNorm(nn.Module):
             self.var_ratios,
             self.weight,
             self.bias,
-            self.running_mean,
-            self.running_var,
+            None if self.running_mean is None else Moments(self.running_mean, self.running_var),
             self.settings,
         )
 

@@ -61,9 +61,7 @@ class _RowNorm:
             # A choice by size would hold for this size alone in what is recorded.
             settings = Settings(('IN',), self.num_features, 0, self.eps)
             ratios = [1.0]
-            return plain_switchable_norm(
-                x, ratios, ratios, self.weight, self.bias, None, None, settings
-            )
+            return plain_switchable_norm(x, ratios, ratios, self.weight, self.bias, None, settings)
         if x.shape[2:].numel() == 1:
             y = x - x
             if self.affine:

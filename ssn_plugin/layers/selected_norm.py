@@ -1,18 +1,14 @@
 """SelectedNorm: what an SSN is once it has decided for two normalizers."""
 
 import torch
-from torch import Tensor, nn
 
-from ssn_plugin.functional import check_layer, groups_of
-from ssn_plugin.layers.recomputation import recomputes
-from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
-from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as plain_switchable_norm
-from ssn_plugin.ops.switchable_norm.ratios import Selection
+from ssn_plugin.layers.switchable import StatisticsNorm
+from ssn_plugin.ops.switchable_norm.ratios import Control
 from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS, Settings
 from ssn_plugin.torch_versions import is_compiling
 
 
-class SelectedNorm(nn.Module):
+class SelectedNorm(StatisticsNorm):
     r"""Normalise by the mean of one normalizer and the variance of another, and nothing else.
 
     .. math::
@@ -20,8 +16,9 @@ class SelectedNorm(nn.Module):
         {\sqrt{\sigma^2_{\mathrm{var\_source}} + \epsilon}} \cdot \mathrm{weight} + \mathrm{bias}
 
     It computes what a decided SSN computes, without control parameters, radius and flags, and can
-    be traced and exported. :func:`ssn_plugin.collapse_ssn` makes it where mean and variance chose
-    differently, and where torch has no layer with the variance of ``correction=1``.
+    be traced and exported. :func:`ssn_plugin.collapse_ssn` makes it where mean and variance
+    selected different normalizers, and where torch has no layer with the variance of
+    ``correction=1``.
 
     Args:
         num_features: C, the number of channels of (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W).
@@ -33,6 +30,8 @@ class SelectedNorm(nn.Module):
         track_running_stats: Whether 'BN' keeps running statistics for evaluation.
         num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
+        device: Of parameters and buffers.
+        dtype: Of parameters and running statistics.
 
     Raises:
         ValueError: If an argument is out of its range; the message names it.
@@ -58,105 +57,38 @@ class SelectedNorm(nn.Module):
         track_running_stats: bool = True,
         num_groups: int = 32,
         correction: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_layer(num_features, eps, momentum, correction)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, num_groups, correction
+        )
         for name, source in (('mean_source', mean_source), ('var_source', var_source)):
             if source not in NORMALIZERS:
                 known = ', '.join(NORMALIZERS)
                 raise ValueError(f'{name}: got {source!r}, expected one of {known}')
         sources = (mean_source, var_source)
-        self.num_features = int(num_features)
         self.mean_source = mean_source
         self.var_source = var_source
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.num_groups = groups_of(num_groups, num_features)
-        self.correction = correction
         self.track_running_stats = track_running_stats and 'BN' in sources
+        self._names = tuple(dict.fromkeys(sources))
+        self._choices = tuple(map(self._names.index, sources))
+        factory = dict(device=device, dtype=dtype)
+        self._add_affine(factory)
+        self._add_running_stats(factory)
+        self.reset_parameters()
 
-        names = tuple(dict.fromkeys(sources))
-        self._settings = Settings(names, self.num_groups, correction, eps)
-        self._choices = tuple(map(names.index, sources))
-        self._ratios = [[float(name == source) for name in names] for source in sources]
-        # What a frozen SSN holds, so that its forward pass serves here too. Before those that may
-        # be None: torch.export miscounts what follows a buffer of None.
-        for statistic, ratios, choice in zip(
-            ('mean', 'var'), self._ratios, self._choices, strict=True
-        ):
-            self.register_buffer(f'_{statistic}_ratios', torch.tensor(ratios), persistent=False)
-            self.register_buffer(f'_{statistic}_choice', torch.tensor(choice), persistent=False)
-        self.register_buffer('_fixed', torch.tensor(1), persistent=False)
-        self.register_buffer('_radius', torch.tensor(1.0), persistent=False)
-        for name, value in (('weight', torch.ones), ('bias', torch.zeros)):
-            self.register_parameter(name, nn.Parameter(value(num_features)) if affine else None)
-        tracked = self.track_running_stats
-        self.register_buffer('running_mean', torch.zeros(num_features) if tracked else None)
-        self.register_buffer('running_var', torch.ones(num_features) if tracked else None)
-        self.register_buffer('num_batches_tracked', torch.tensor(0) if tracked else None)
+    def _settings(self) -> Settings:
+        return Settings(self._names, self.num_groups, self.correction, self.eps)
 
-    def _known(self) -> tuple[int, int]:
-        return self._choices
+    def _control(self) -> Control:
+        return Control(None, None, 'given', known=self._choices)
 
-    def _selection(self) -> Selection:
-        fixed = self._fixed
-        return Selection(
-            self._radius, fixed, fixed, self._mean_choice, self._var_choice, self._known
-        )
+    def _constant_ratios(self) -> tuple[list[float], list[float]]:
+        return tuple([float(k == c) for k in range(len(self._names))] for c in self._choices)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise.
-
-        Args:
-            x: Shape (N, C, ...).
-
-        Returns:
-            The shape and dtype of ``x``.
-
-        Raises:
-            ValueError: If the number of dimensions or channels is not the layer's, or ``x`` is not
-                floating-point.
-        """
-        running_mean, running_var = self.running_mean, self.running_var
-        if not self.training and (is_compiling() or torch.jit.is_tracing()):
-            return plain_switchable_norm(
-                x,
-                *self._ratios,
-                self.weight,
-                self.bias,
-                running_mean,
-                running_var,
-                self._settings,
-            )
-        if not 2 <= x.dim() <= 5 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f'x: got shape {tuple(x.shape)}, expected (N, {self.num_features}, ...)'
-            )
-        if not x.is_floating_point():
-            raise ValueError(f'x: got {x.dtype}, expected a floating-point tensor')
-        momentum = self.momentum or 0.0
-        if self.training and self.track_running_stats:
-            if recomputes():  # as in SwitchableNorm
-                running_mean, running_var = running_mean.clone(), running_var.clone()
-            else:
-                self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = self.num_batches_tracked.to(running_mean.dtype).reciprocal()
-        return switchable_norm(
-            x,
-            self._mean_ratios,
-            self._var_ratios,
-            self.weight,
-            self.bias,
-            running_mean,
-            running_var,
-            self.training,
-            momentum,
-            'sparsestmax',
-            self._selection(),
-            self._settings,
-        )
+    def _is_recorded(self) -> bool:
+        return is_compiling() or super()._is_recorded()
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

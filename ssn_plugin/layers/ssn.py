@@ -1,15 +1,33 @@
 """SSN: the layer that learns which normalizer it is."""
 
 from collections.abc import Sequence
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssn_plugin.functional import check_radius
-from ssn_plugin.layers.frozen import held_choices, hold, known_choices
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, Selection, fixed_ratios, largest
+from ssn_plugin.ops.switchable_norm.ratios import (
+    UNKNOWN,
+    Choices,
+    Control,
+    Selection,
+    has_values,
+    largest,
+    selected_ratios,
+)
+from ssn_plugin.torch_versions import is_compiling
+
+
+class _Known(NamedTuple):
+    """Choices that were read from the buffers, and the buffers' version counters at that time.
+
+    Whoever writes to a buffer raises its counter, and what is known counts no more.
+    """
+
+    choices: Choices
+    versions: list[int]
 
 
 class SSN(SwitchableNorm):
@@ -26,10 +44,12 @@ class SSN(SwitchableNorm):
         p' = \mathrm{SparsestMax}(\mathrm{var\_weight}; r)
 
     The radius r grows during training (:func:`ssn_plugin.set_radius`, or ``SSNRadiusHook`` in
-    mmengine). What has become one-hot is frozen there: ``mean_fixed`` or ``var_fixed`` turns to 1
-    and the ratios are constants from then on, whatever an optimizer, a weight decay or an averaging
-    of models does to the control parameters, whose gradient is zero. Only what the selection needs
-    is computed then; running statistics that it does not use are no longer updated.
+    mmengine). A mean or variance whose ratios have become one-hot is decided: ``mean_fixed`` or
+    ``var_fixed`` turns to 1 and the ratios are constants from then on. The control parameters are
+    not read any more and get a gradient of zero, so whatever an optimizer, a weight decay or an
+    averaging of models does to them changes nothing; a state dict holds the one-hot vector in their
+    place. Only what the selection needs is computed then; running statistics that it does not use
+    are no longer updated.
 
     Args:
         num_features: C, the number of channels of (N, C), (N, C, L), (N, C, H, W), (N, C, D, H, W).
@@ -41,13 +61,15 @@ class SSN(SwitchableNorm):
         num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
         radius: Initial radius of the circle.
+        device: Of parameters and buffers.
+        dtype: Of parameters and running statistics.
 
     Attributes:
         mean_weight: Control parameters of the means, shape (K,).
         var_weight: Control parameters of the variances, shape (K,).
         radius: Buffer, 0-d.
-        mean_fixed: Buffer, 0-d int64: 1 once the ratios of the means are frozen.
-        var_fixed: Buffer, 0-d int64: 1 once the ratios of the variances are frozen.
+        mean_fixed: Buffer, 0-d int64: 1 once the mean is decided.
+        var_fixed: Buffer, 0-d int64: 1 once the variance is decided.
 
     Raises:
         ValueError: If an argument is out of its range; the message names it.
@@ -70,7 +92,7 @@ class SSN(SwitchableNorm):
         Shao et al., "SSN: Learning Sparse Switchable Normalization via SparsestMax", IJCV 2020.
     """
 
-    _ratio_map = 'sparsestmax'
+    _known: _Known | None = None
 
     def __init__(
         self,
@@ -83,6 +105,8 @@ class SSN(SwitchableNorm):
         num_groups: int = 32,
         correction: int = 0,
         radius: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -93,14 +117,18 @@ class SSN(SwitchableNorm):
             normalizers,
             num_groups,
             correction,
+            device,
+            dtype,
         )
-        self.register_buffer('radius', torch.tensor(check_radius(radius)))
+        self._initial_radius = check_radius(radius)
+        self.register_buffer('radius', torch.tensor(self._initial_radius, device=device))
         for name in ('mean', 'var'):
-            self.register_buffer(f'{name}_fixed', torch.tensor(0))
-            # Index of the frozen candidate, apart from the control parameters: an optimizer's
-            # momentum or an averaging of models may move those. Not in the file, where the control
-            # parameters are that one-hot vector, as in the released files.
-            self.register_buffer(f'{name}_choice', torch.tensor(UNKNOWN), persistent=False)
+            self.register_buffer(f'{name}_fixed', torch.tensor(0, device=device))
+            # Index of the selected candidate. Not in the file, where a one-hot vector in place of
+            # the control parameters says it, as in the released files.
+            choice = torch.tensor(UNKNOWN, device=device)
+            self.register_buffer(f'{name}_choice', choice, persistent=False)
+        self.learn_choices()
 
     def _selection(self) -> Selection:
         buffers = self._buffers
@@ -110,68 +138,120 @@ class SSN(SwitchableNorm):
             buffers['var_fixed'],
             buffers['mean_choice'],
             buffers['var_choice'],
-            partial(known_choices, self),
         )
 
-    def _fixed_ratios(self) -> tuple[Tensor, Tensor]:
-        """Which of (mean, variance) are frozen, (2, 1), and the one-hot vectors, (2, K)."""
-        return fixed_ratios(self.mean_weight, self.var_weight, self._selection())
+    def _control(self) -> Control:
+        return Control(
+            self._tensor('mean_weight'),
+            self._tensor('var_weight'),
+            'sparsestmax',
+            self._selection(),
+            self.known_choices() or (None, None),
+        )
 
-    def reset_parameters(self) -> None:
-        """As in the base class, and nothing is frozen; the radius stays."""
-        super().reset_parameters()
-        if 'var_choice' in self._buffers:  # not yet while the base class constructs
-            for name in ('mean', 'var'):
-                getattr(self, f'{name}_fixed').zero_()
-                getattr(self, f'{name}_choice').fill_(UNKNOWN)
-        hold(self, {})
+    def known_choices(self) -> Choices | None:
+        """Indices of the selected mean and variance (None for undecided), without reading a tensor.
 
-    @torch.no_grad()
-    def freeze(self, name: str, choice: int) -> None:
-        """Freeze the ratios of one statistic.
+        None where they are not known: something wrote to the buffers since they were read last, as
+        a broadcast or an averaging of models does. :func:`ssn_plugin.set_radius` reads them again.
+        """
+        known = self._known
+        if known is None or is_compiling():  # which cannot ask for versions
+            return known and known.choices
+        return known.choices if known.versions == self._versions() else None
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for tensor in self._selection()[1:]]
+
+    def learn_choices(self, choices: Choices | None = None) -> None:
+        """Note the choices that the buffers hold, to spare work later.
 
         Args:
-            name: 'mean' or 'var'.
-            choice: Index of the candidate.
+            choices: What they are, if the caller has just read or written them.
         """
-        getattr(self, f'{name}_choice').fill_(choice)
-        getattr(self, f'{name}_fixed').fill_(1)
-        hold(self, {**held_choices(self), name: choice})
-        self.restore_fixed()
+        selection = self._selection()
+        self._known = None
+        # Tensors made in inference mode have no version counter.
+        if not has_values(*selection) or any(tensor.is_inference() for tensor in selection):
+            return
+        self._known = _Known(choices or self._read_choices(), self._versions())
 
     @torch.no_grad()
-    def restore_fixed(self) -> None:
-        """Write the frozen one-hot vectors back into the control parameters."""
-        fixed, one_hot = self._fixed_ratios()
-        for parameter, is_fixed, ratios in zip(
-            (self.mean_weight, self.var_weight), fixed, one_hot, strict=True
-        ):
-            parameter.copy_(torch.where(is_fixed, ratios, parameter))
+    def _read_choices(self) -> Choices:
+        """Indices of the selected mean and variance; None for undecided."""
+        fixed, one_hot = selected_ratios(self.mean_weight, self.var_weight, self._selection())
+        pairs = zip(fixed.flatten().tolist(), one_hot.argmax(-1).tolist(), strict=True)
+        return tuple(index if is_fixed else None for is_fixed, index in pairs)
 
-    def _hold_fixed(self) -> None:
-        if self.mean_fixed.is_meta:  # shapes without values
-            hold(self, {})
+    @property
+    def selected(self) -> tuple[str | None, str | None]:
+        """Normalizers that the mean and the variance selected; None where undecided."""
+        choices = self.known_choices() or self._read_choices()
+        return tuple(None if k is None else self.normalizers[k] for k in choices)
+
+    def _uses_batch(self) -> bool:
+        choices = self.known_choices() or (None, None)
+        return None in choices or self.normalizers.index('BN') in choices
+
+    def reset_parameters(self) -> None:
+        """As in the base class; the layer is undecided and its radius is the constructor's."""
+        super().reset_parameters()
+        if 'var_choice' not in self._buffers:  # the base class is still constructing
             return
-        fixed, one_hot = self._fixed_ratios()
-        rows = zip(
-            ('mean', 'var'), fixed.flatten().tolist(), one_hot.argmax(-1).tolist(), strict=True
-        )
-        hold(self, {name: choice for name, is_fixed, choice in rows if is_fixed})
+        self.radius.fill_(self._initial_radius)
+        for name in ('mean', 'var'):
+            getattr(self, f'{name}_fixed').zero_()
+            getattr(self, f'{name}_choice').fill_(UNKNOWN)
+        self.learn_choices()
+
+    @torch.no_grad()
+    def select(self, mean: str | None = None, var: str | None = None) -> None:
+        """Decide the mean, the variance or both.
+
+        Args:
+            mean: The candidate to select for the mean; None leaves it as it is.
+            var: The same for the variance.
+
+        Raises:
+            ValueError: If one is no candidate of the layer.
+
+        Example:
+            >>> from ssn_plugin import SSN
+            >>> layer = SSN(8)
+            >>> layer.select(mean='LN', var='BN')
+            >>> layer.selected
+            ('LN', 'BN')
+        """
+        for name, choice in (('mean', mean), ('var', var)):
+            if choice is not None and choice not in self.normalizers:
+                raise ValueError(f'{name}: got {choice!r}, expected one of {self.normalizers}')
+        for name, choice in (('mean', mean), ('var', var)):
+            if choice is not None:
+                getattr(self, f'{name}_choice').fill_(self.normalizers.index(choice))
+                getattr(self, f'{name}_fixed').fill_(1)
+        self.learn_choices()
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         super()._apply(*args, **kwargs)
-        self._hold_fixed()  # on the new device, in the new dtype
+        self.learn_choices()  # the buffers are others now, with other version counters
         return self
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        self._hold_fixed()
+        self.learn_choices()
 
+    @torch.no_grad()
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        # A file must never pair a fixed flag with control parameters that are not one-hot; in a
-        # model averaged from others they may have moved.
-        self.restore_fixed()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars or not has_values(*self._selection()):
+            return
+        choices = self.known_choices() or self._read_choices()
+        for name, choice in zip(('mean', 'var'), choices, strict=True):
+            control = destination.get(f'{prefix}{name}_weight')
+            if choice is not None and type(control) is Tensor and control.dim() == 1:
+                one_hot = torch.zeros_like(control)
+                one_hot[choice] = 1
+                destination[f'{prefix}{name}_weight'] = one_hot
 
     @torch.no_grad()
     def _load_from_state_dict(
@@ -180,9 +260,14 @@ class SSN(SwitchableNorm):
         for name in ('mean', 'var'):
             fixed = state_dict.get(f'{prefix}{name}_fixed')
             control = state_dict.get(f'{prefix}{name}_weight')
-            if fixed is None or control is None or fixed.is_meta:
+            if fixed is None or fixed.is_meta:
                 continue
-            if bool(fixed.any()) and not bool(control.isfinite().all()):
+            if control is None or control.numel() != len(self.normalizers):
+                # A flag says nothing without the vector that says what was selected, and a radius
+                # without control parameters would select among those that are here.
+                state_dict[f'{prefix}{name}_fixed'] = torch.zeros_like(fixed)
+                state_dict[f'{prefix}radius'] = self.radius
+            elif bool(fixed.any()) and not bool(control.isfinite().all()):
                 # argmax would take NaN for the choice.
                 error_msgs.append(
                     f'{prefix}{name}_weight: got {control.tolist()} beside {name}_fixed=1, '
@@ -192,12 +277,12 @@ class SSN(SwitchableNorm):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         for name in ('mean', 'var'):
-            fixed, control = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_weight')
-            choice = torch.where(fixed > 0, largest(control.detach()).squeeze(-1), UNKNOWN)
-            # A new tensor: a layer built on the meta device gets values only now.
-            setattr(self, f'{name}_choice', choice)
-        self.restore_fixed()
-        self._hold_fixed()
+            if f'{prefix}{name}_fixed' in state_dict:
+                fixed, control = getattr(self, f'{name}_fixed'), getattr(self, f'{name}_weight')
+                choice = torch.where(fixed > 0, largest(control.detach()).squeeze(-1), UNKNOWN)
+                # A new tensor: a layer built on the meta device gets values only now.
+                setattr(self, f'{name}_choice', choice)
+        self.learn_choices()
 
     def extra_repr(self) -> str:
         """The constructor's arguments, the current ratios and the selection."""

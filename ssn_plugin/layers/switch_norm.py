@@ -25,6 +25,8 @@ class SN(SwitchableNorm):
         normalizers: Candidates. ``('IN', 'LN')`` is the SN without BN of the authors' release.
         num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
+        device: Of parameters and buffers.
+        dtype: Of parameters and running statistics.
 
     Raises:
         ValueError: If an argument is out of its range; the message names it.

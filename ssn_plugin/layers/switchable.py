@@ -1,33 +1,43 @@
-"""What SSN and its parent SN share: parameters, running statistics, input checks, state dict."""
+"""What the layers share: parameters, running statistics, input checks, state dict."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ssn_plugin.errors import CheckpointError
 from ssn_plugin.functional import check_layer, check_normalizers, groups_of
-from ssn_plugin.layers.recomputation import recomputes
-from ssn_plugin.layers.small_batch import warn_of_one_sample
 from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
-from ssn_plugin.ops.switchable_norm.ratios import Selection, importance_ratios
-from ssn_plugin.ops.switchable_norm.statistics import Settings
+from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as exportable_norm
+from ssn_plugin.ops.switchable_norm.ratios import Control, ratio_tensors
+from ssn_plugin.ops.switchable_norm.statistics import BatchStatistics, Moments, Settings
 from ssn_plugin.torch_versions import is_compiling
 
+# Files that do not say their candidates, the released ones among them, have these.
+_CANDIDATES = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
 
-class SwitchableNorm(nn.Module):
-    """Base of the layers that mix the statistics of several normalizers.
+_warned = False
 
-    A subclass says how control parameters become importance ratios: by ``_ratio_map``, and for
-    SparsestMax by what :meth:`_selection` returns.
+
+def _recomputes() -> bool:
+    """Whether gradient checkpointing runs a forward pass of this step once more.
+
+    It does so inside the backward pass. A compiled graph cannot ask.
+    """
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class StatisticsNorm(nn.Module):
+    """Base of the norm layers of this package: an affine map, running statistics, input checks.
 
     Args:
         num_features: C, the number of channels.
-        eps: Added to the mixed variance.
+        eps: Added to the variance.
         momentum: Weight of the new value in the running statistics, or None for the cumulative
             average, as in ``torch.nn.BatchNorm2d``.
         affine: Whether to learn ``weight`` and ``bias``.
         track_running_stats: Whether 'BN' keeps running statistics for evaluation.
-        normalizers: Candidates out of 'IN', 'LN', 'BN', 'GN'.
         num_groups: Groups of 'GN': the largest divisor of C up to it.
         correction: 0 for the paper's variances, 1 for those of the authors' release.
 
@@ -35,22 +45,18 @@ class SwitchableNorm(nn.Module):
         ValueError: If an argument is out of its range; the message names it.
     """
 
-    _version = 1
-    _abbr_ = 'sn'  # mmcv names a norm by it: sn1, sn2, ... as in the released files
     _dims: tuple[int, ...] = (2, 3, 4, 5)
-    _ratio_map = 'softmax'
     _group = None  # processes over whose batches together 'BN' takes its statistics
 
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        normalizers: Sequence[str] = ('IN', 'LN', 'BN'),
-        num_groups: int = 32,
-        correction: int = 0,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        num_groups: int,
+        correction: int,
     ) -> None:
         super().__init__()
         check_layer(num_features, eps, momentum, correction)
@@ -58,67 +64,35 @@ class SwitchableNorm(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
-        self.normalizers = check_normalizers(normalizers)
-        self.num_groups = groups_of(num_groups, num_features)
+        self.track_running_stats = track_running_stats
+        self.num_groups = groups_of(num_groups, self.num_features)
         self.correction = correction
-        self.track_running_stats = track_running_stats and 'BN' in self.normalizers
 
+    def _add_affine(self, factory: dict) -> None:
         for name in ('weight', 'bias'):
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(num_features)) if affine else None
-            )
-        for name in ('mean_weight', 'var_weight'):
-            self.register_parameter(name, nn.Parameter(torch.empty(len(self.normalizers))))
-        tracked = self.track_running_stats
-        self.register_buffer('running_mean', torch.zeros(num_features) if tracked else None)
-        self.register_buffer('running_var', torch.ones(num_features) if tracked else None)
-        self.register_buffer('num_batches_tracked', torch.tensor(0) if tracked else None)
-        self.reset_parameters()
+            value = nn.Parameter(torch.empty(self.num_features, **factory)) if self.affine else None
+            self.register_parameter(name, value)
+
+    def _add_running_stats(self, factory: dict) -> None:
+        tracked, device = self.track_running_stats, factory['device']
+        for name in ('running_mean', 'running_var'):
+            value = torch.empty(self.num_features, **factory) if tracked else None
+            self.register_buffer(name, value)
+        batches = torch.tensor(0, device=device) if tracked else None
+        self.register_buffer('num_batches_tracked', batches)
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batch seen."""
-        if self.track_running_stats:
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
+        for name, value in (('running_mean', 0), ('running_var', 1), ('num_batches_tracked', 0)):
+            if getattr(self, name) is not None:
+                getattr(self, name).fill_(value)
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, equal importance ratios, fresh running statistics."""
+        """Weight 1, bias 0, fresh running statistics."""
         self.reset_running_stats()
-        # Zero rather than any other constant: near it float32 resolves the first, tiny updates.
-        nn.init.zeros_(self.mean_weight)
-        nn.init.zeros_(self.var_weight)
         if self.affine:
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
-
-    def _selection(self) -> Selection | None:
-        return None
-
-    def _ratios(self) -> tuple[Tensor, Tensor]:
-        """Importance ratios of the means and of the variances, (K,) each."""
-        return importance_ratios(self.mean_weight, self.var_weight, self._selection())
-
-    @property
-    def mean_ratios(self) -> Tensor:
-        """Importance ratios of the means, shape (K,), detached."""
-        with torch.no_grad():
-            return self._ratios()[0]
-
-    @property
-    def var_ratios(self) -> Tensor:
-        """Importance ratios of the variances, shape (K,), detached."""
-        with torch.no_grad():
-            return self._ratios()[1]
-
-    @property
-    def selected(self) -> tuple[str | None, str | None]:
-        """Normalizers that the mean and the variance chose; None where ratios are not one-hot."""
-        with torch.no_grad():
-            return tuple(
-                self.normalizers[ratios.index(1.0)] if 1.0 in ratios else None
-                for ratios in torch.stack(self._ratios()).tolist()
-            )
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self._dims:
@@ -138,6 +112,43 @@ class SwitchableNorm(nn.Module):
                 '...), expected a plain call'
             )
 
+    def _tensor(self, name: str) -> Tensor | None:
+        """A parameter or buffer, also where pruning or a parametrization took its place.
+
+        nn.Module's own lookup is tried last: it takes longer than some operators on a small input.
+        """
+        if name in self._parameters:
+            return self._parameters[name]
+        return self._buffers[name] if name in self._buffers else getattr(self, name)
+
+    def _batch_statistics(self, x: Tensor) -> BatchStatistics:
+        """What 'BN' does with the running statistics now, by the rules of nn.BatchNorm2d."""
+        mean, var = self._tensor('running_mean'), self._tensor('running_var')
+        if not self.training:
+            return BatchStatistics(given=None if mean is None else Moments(mean, var))
+        if mean is None or not self.track_running_stats:
+            return BatchStatistics()
+        batches, momentum = self._tensor('num_batches_tracked'), self.momentum or 0.0
+        if _recomputes():
+            # This batch is in them already. Copies rather than none: what is saved for backward
+            # must be what the first pass saved.
+            mean, var = mean.clone(), var.clone()
+        elif batches is not None:
+            batches.add_(1)
+        if self.momentum is None:
+            momentum = batches.to(mean.dtype).reciprocal()
+        return BatchStatistics(tracked=Moments(mean, var), momentum=momentum)
+
+    def _settings(self) -> Settings:
+        raise NotImplementedError
+
+    def _control(self) -> Control:
+        raise NotImplementedError
+
+    def _constant_ratios(self) -> tuple[list[float], list[float]]:
+        """Importance ratios as numbers, for whoever records the layer in evaluation."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise.
 
@@ -152,44 +163,149 @@ class SwitchableNorm(nn.Module):
                 floating-point.
             RuntimeError: Inside a transform of ``torch.func``, such as ``vmap``.
         """
+        weight, bias = self._tensor('weight'), self._tensor('bias')
+        if not self.training and self._is_recorded():
+            given = self._batch_statistics(x).given
+            ratios = self._constant_ratios()
+            return exportable_norm(x, *ratios, weight, bias, given, self._settings())
         self._check_input(x)
-        # Straight from where nn.Module keeps them, as its attribute lookup takes longer than some
-        # operators of a small input; functional_call swaps them there too.
-        parameters, buffers = self._parameters, self._buffers
-        running_mean, running_var = buffers['running_mean'], buffers['running_var']
-        momentum, group = self.momentum or 0.0, self._group
-        if self.training and running_mean is not None:
-            batches = buffers['num_batches_tracked']
-            if recomputes():
-                # This batch is in them already. Copies rather than none: what is saved for backward
-                # must be what the first pass saved.
-                running_mean, running_var = running_mean.clone(), running_var.clone()
-            else:
-                batches.add_(1)
-            if self.momentum is None:
-                momentum = batches.to(running_mean.dtype).reciprocal()
-            if x.shape[0] == 1 and group is None and not is_compiling():
-                warn_of_one_sample(self)
         return switchable_norm(
             x,
-            parameters['mean_weight'],
-            parameters['var_weight'],
-            parameters['weight'],
-            parameters['bias'],
-            running_mean,
-            running_var,
-            self.training,
-            momentum,
-            self._ratio_map,
-            self._selection(),
-            Settings(self.normalizers, self.num_groups, self.correction, self.eps),
-            group,
+            self._control(),
+            weight,
+            bias,
+            self._batch_statistics(x),
+            self._settings(),
+            self._group,
+        )
+
+    def _is_recorded(self) -> bool:
+        """Whether a graph is made that should hold plain operators and constant ratios."""
+        return torch.jit.is_tracing()
+
+
+class SwitchableNorm(StatisticsNorm):
+    """Base of the layers that mix the statistics of several normalizers.
+
+    A subclass says how control parameters become importance ratios, by :meth:`_control`.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: Added to the mixed variance.
+        momentum: Weight of the new value in the running statistics, or None for the cumulative
+            average, as in ``torch.nn.BatchNorm2d``.
+        affine: Whether to learn ``weight`` and ``bias``.
+        track_running_stats: Whether 'BN' keeps running statistics for evaluation.
+        normalizers: Candidates out of 'IN', 'LN', 'BN', 'GN'.
+        num_groups: Groups of 'GN': the largest divisor of C up to it.
+        correction: 0 for the paper's variances, 1 for those of the authors' release.
+        device: Of parameters and buffers.
+        dtype: Of parameters and running statistics.
+
+    Raises:
+        ValueError: If an argument is out of its range; the message names it.
+    """
+
+    _version = 1
+    _abbr_ = 'sn'  # mmcv names a norm by it: sn1, sn2, ... as in the released files
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        normalizers: Sequence[str] = ('IN', 'LN', 'BN'),
+        num_groups: int = 32,
+        correction: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, num_groups, correction
+        )
+        self.normalizers = check_normalizers(normalizers)
+        self.track_running_stats = track_running_stats and 'BN' in self.normalizers
+        factory = dict(device=device, dtype=dtype)
+        self._add_affine(factory)
+        for name in ('mean_weight', 'var_weight'):
+            control = nn.Parameter(torch.empty(len(self.normalizers), **factory))
+            self.register_parameter(name, control)
+        self._add_running_stats(factory)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, equal importance ratios, fresh running statistics."""
+        super().reset_parameters()
+        # Zero rather than any other constant: near it float32 resolves the first, tiny updates.
+        nn.init.zeros_(self.mean_weight)
+        nn.init.zeros_(self.var_weight)
+
+    def _settings(self) -> Settings:
+        return Settings(self.normalizers, self.num_groups, self.correction, self.eps)
+
+    def _control(self) -> Control:
+        return Control(self._tensor('mean_weight'), self._tensor('var_weight'), 'softmax')
+
+    def _constant_ratios(self) -> tuple[list[float], list[float]]:
+        return self.mean_ratios.tolist(), self.var_ratios.tolist()
+
+    @property
+    def mean_ratios(self) -> Tensor:
+        """Importance ratios of the means, shape (K,), detached."""
+        with torch.no_grad():
+            return ratio_tensors(self._control())[0]
+
+    @property
+    def var_ratios(self) -> Tensor:
+        """Importance ratios of the variances, shape (K,), detached."""
+        with torch.no_grad():
+            return ratio_tensors(self._control())[1]
+
+    @property
+    def selected(self) -> tuple[str | None, str | None]:
+        """Normalizers that the mean and the variance selected; None where undecided."""
+        with torch.no_grad():
+            return tuple(
+                self.normalizers[ratios.index(1.0)] if 1.0 in ratios else None
+                for ratios in torch.stack(ratio_tensors(self._control())).tolist()
+            )
+
+    def _uses_batch(self) -> bool:
+        """Whether 'BN' takes part, as far as that is known without reading a tensor."""
+        return 'BN' in self.normalizers
+
+    def _batch_statistics(self, x: Tensor) -> BatchStatistics:
+        batch = super()._batch_statistics(x)
+        if (
+            batch.tracked is not None
+            and x.shape[0] == 1
+            and self._group is None
+            and not is_compiling()
+        ):
+            self._warn_of_one_sample()
+        return batch
+
+    def _warn_of_one_sample(self) -> None:
+        """Warn once per process that 'BN' learns nothing of its own from one sample at a time."""
+        global _warned
+        if _warned or not self._uses_batch():
+            return
+        _warned = True
+        warnings.warn(
+            f"{type(self).__name__} got a batch of one sample in training. There 'BN' computes "
+            "what 'IN' does, but in evaluation it uses running statistics: a layer that selects it "
+            "performs worse then. Leave it out with normalizers=('IN', 'LN') and a begin for "
+            'SSNRadiusHook, take more samples per process, or let several processes share '
+            'statistics with SyncSSN.',
+            stacklevel=5,
         )
 
     def extra_repr(self) -> str:
         """The constructor's arguments, then the current ratios."""
 
-        def shown(ratios: Tensor) -> str:
+        def with_names(ratios: Tensor) -> str:
             pairs = zip(self.normalizers, ratios.tolist(), strict=True)
             return ' '.join(f'{name} {ratio:.3f}' for name, ratio in pairs)
 
@@ -199,7 +315,7 @@ class SwitchableNorm(nn.Module):
             groups = f', num_groups={self.num_groups}{other.get(self.num_groups, "")}'
         ratios = ''
         if not self.mean_weight.is_meta:  # there it has no value to show
-            mean, var = shown(self.mean_ratios), shown(self.var_ratios)
+            mean, var = with_names(self.mean_ratios), with_names(self.var_ratios)
             ratios = f', mean_ratios=({mean}), var_ratios=({var})'
         return (
             f'{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, '
@@ -207,18 +323,57 @@ class SwitchableNorm(nn.Module):
             f'{groups}, correction={self.correction}{ratios}'
         )
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the version, where torch keeps what is no tensor.
+        if hasattr(destination, '_metadata') and prefix[:-1] in destination._metadata:
+            destination._metadata[prefix[:-1]]['normalizers'] = self.normalizers
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        self._check_candidates(state_dict, prefix, local_metadata)
         own = {**self._parameters, **self._buffers}
         for name, tensor in own.items():
             loaded = state_dict.get(prefix + name)
             # The release keeps (1, C, 1, 1), (1, C, 1) and [1] where the layer has (C,) and ().
             if tensor is not None and loaded is not None and loaded.numel() == tensor.numel():
                 state_dict[prefix + name] = loaded.reshape(tensor.shape)
-        if local_metadata.get('version') is None and self.track_running_stats:
-            # Files written before this layer existed do not count batches.
-            state_dict.setdefault(prefix + 'num_batches_tracked', self.num_batches_tracked)
+        batches = self._buffers['num_batches_tracked']
+        if local_metadata.get('version') is None and batches is not None:
+            # Files written before this layer existed do not count batches. A layer on the meta
+            # device has no count to keep.
+            mean = state_dict.get(f'{prefix}running_mean')
+            fresh = torch.tensor(0, device=None if mean is None else mean.device)
+            count = fresh if batches.is_meta else batches
+            state_dict.setdefault(f'{prefix}num_batches_tracked', count)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _check_candidates(self, state_dict, prefix: str, local_metadata: dict) -> None:
+        """Raise CheckpointError if the control parameters are known to be of other candidates.
+
+        It is raised even where loading is not strict, as torch does for shapes: mmengine only logs
+        the messages that are collected.
+        """
+        control = state_dict.get(f'{prefix}mean_weight')
+        if control is None or control.numel() != len(self.normalizers):
+            return  # nothing is loaded, or torch reports the shape
+        named = local_metadata.get('normalizers')
+        candidates = tuple(named or _CANDIDATES.get(control.numel(), self.normalizers))
+        if not named and set(candidates) != set(self.normalizers):
+            fixed, vector = (state_dict.get(f'{prefix}{name}') for name in ('mean_fixed', 'weight'))
+            released = (fixed is not None and fixed.dim() == 1) or (
+                vector is not None and vector.dim() == 4
+            )
+            if not released:
+                # A plain dict of tensors has lost the record, as in
+                # {key: value.clone() for key, value in model.state_dict().items()}.
+                return
+        if candidates != self.normalizers:
+            raise CheckpointError(
+                f'{prefix[:-1] or type(self).__name__}: got control parameters of the candidates '
+                f'{candidates}, expected those of the layer, {self.normalizers}; build the layer '
+                f'with normalizers={candidates}'
+            )

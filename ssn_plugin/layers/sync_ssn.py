@@ -1,5 +1,6 @@
 """SyncSSN: SSN whose BN statistics are those of all processes."""
 
+import torch
 import torch.distributed as dist
 
 from ssn_plugin.layers.ssn import SSN
@@ -31,7 +32,7 @@ class SyncSSN(SSN):
     the running statistics of all processes are equal, to the bit.
 
     A training step costs one all-reduce of 2 C + 1 numbers forward and one of 2 C backward, and
-    nothing any more once mean and variance are frozen on others than 'BN'. In evaluation, without
+    nothing any more once mean and variance are decided for others than 'BN'. In evaluation, without
     an initialised process group and in a group of one process this is SSN.
 
     Every process of the group must run the layer in the same order in its forward pass, and in its
@@ -49,6 +50,8 @@ class SyncSSN(SSN):
         correction: 0 for the paper's variances, 1 for those of the authors' release.
         radius: Initial radius of the circle.
         process_group: The processes; None is all of them. Copies share it; a file does not hold it.
+        device: Of parameters and buffers.
+        dtype: Of parameters and running statistics.
 
     Raises:
         ValueError: If an argument is out of its range, or in training if this process is not part
@@ -74,6 +77,8 @@ class SyncSSN(SSN):
         correction: int = 0,
         radius: float = 0.0,
         process_group: 'dist.ProcessGroup | None' = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             num_features,
@@ -85,6 +90,8 @@ class SyncSSN(SSN):
             num_groups,
             correction,
             radius,
+            device,
+            dtype,
         )
         self.process_group = process_group
 

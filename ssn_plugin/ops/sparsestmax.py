@@ -1,13 +1,18 @@
 """SparsestMax: the projection onto the part of the simplex outside a circle, exact for every K.
 
-The derivation of the closed form and of its Jacobian is in README.md beside this file.
+The closed form is here twice: on tensors of any shape, and for one short vector in Python floats.
+A layer on the CPU takes the second: the first needs some thirty operators on tensors of three
+elements, which last longer than the whole normalisation of a small feature map. README.md beside
+this file derives the closed form and its Jacobian.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ssn_plugin.torch_versions import is_compiling
 
 # A radius this close (relatively) to the circumradius counts as the circumradius: a float32 buffer
 # that holds sqrt((K-1)/K) may have been rounded down, and one-hot must mean exactly 1.0 and 0.0.
@@ -16,6 +21,9 @@ _RADIUS_TOLERANCE = 2.0**-22
 # |dp/dz| on the circle is radius / distance from a tie. It is exact up to this bound, which only
 # gaps of a millionth of the radius reach; a smaller gap would overflow instead of informing.
 _MAX_AMPLIFICATION = 1e6
+
+# The floats' route takes this for the infinite difference of two finite numbers.
+_LOWEST = -1e300
 
 
 def circumradius(num_candidates: int) -> float:
@@ -65,6 +73,32 @@ def _directions(gaps: Tensor, inside: Tensor, ranks: Tensor) -> tuple[Tensor, Te
     length = deviation.square().sum(-1).sqrt()
     direction = deviation / length.clamp(min=torch.finfo(gaps.dtype).tiny).unsqueeze(-1)
     return direction, length * spread, tie
+
+
+class _Refusal(torch.autograd.Function):
+    """Passes a gradient on, and raises where somebody differentiates it."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, switch: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            'sparsestmax: got a second derivative by its control parameters, expected first '
+            'derivatives alone: take these parameters out of what is differentiated twice'
+        )
+
+
+def refuse_second_derivative(gradient: Tensor) -> Tensor:
+    """Return a gradient by control parameters that raises RuntimeError if it is differentiated.
+
+    Its own graph would miss that the Jacobian depends on the control parameters.
+    """
+    if not torch.is_grad_enabled() or is_compiling():
+        return gradient
+    # The second input makes the result part of a graph where the gradient itself is of none.
+    return _Refusal.apply(gradient, gradient.new_zeros((), requires_grad=True))
 
 
 class SparsestMaxFunction(torch.autograd.Function):
@@ -138,7 +172,6 @@ class SparsestMaxFunction(torch.autograd.Function):
         return p.gather(-1, inverse)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dp: Tensor) -> tuple[Tensor, None]:
         """``slope * (I - n n^T)`` on the centred gradient of the support.
 
@@ -153,4 +186,152 @@ class SparsestMaxFunction(torch.autograd.Function):
         dz = dp.to(support.dtype) * support
         dz = (dz - dz.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)) * support
         dz = dz - direction * (direction * dz).sum(-1, keepdim=True)
-        return (slope * dz).to(dp.dtype), None
+        return refuse_second_derivative((slope * dz).to(dp.dtype)), None
+
+
+# The same for one vector in Python floats
+
+
+class Projection(NamedTuple):
+    """SparsestMax of one vector and its Jacobian, ``slope * (diag(s) - s s^T / k - n n^T)``.
+
+    Attributes:
+        ratios: The K ratios.
+        support: Indices of the k ones of s.
+        direction: The entries of n there, or nothing for zeros.
+        slope: At least zero.
+    """
+
+    ratios: list[float]
+    support: list[int]
+    direction: list[float]
+    slope: float
+
+    @property
+    def moving(self) -> list[int]:
+        """Indices of the ratios with a gradient."""
+        return self.support if len(self.support) > 1 and self.slope != 0 else []
+
+    def pull_back(self, dp: list[float]) -> list[float]:
+        """Gradient of the vector.
+
+        Args:
+            dp: Gradients of the K ratios; those that cannot move are not read.
+        """
+        dz = [0.0] * len(self.ratios)
+        support = self.moving
+        if support:
+            mean = sum([dp[k] for k in support]) / len(support)
+            centred = [dp[k] - mean for k in support]
+            if self.direction:
+                pairs = zip(self.direction, centred, strict=True)
+                along = sum([n * d for n, d in pairs])
+                pairs = zip(self.direction, centred, strict=True)
+                centred = [d - along * n for n, d in pairs]
+            for k, d in zip(support, centred, strict=True):
+                dz[k] = self.slope * d
+        return dz
+
+
+def _snapped(ratios: list[float], precision: float) -> list[float]:
+    """Exactly one-hot where the largest rounds to one."""
+    top = max(ratios)
+    if top < 1 - precision / 4:
+        return ratios
+    return [1.0 if ratio == top else 0.0 for ratio in ratios]
+
+
+def project_floats(z: list[float], radius: float, precision: float) -> Projection:
+    """Project a vector; see ``functional.sparsestmax``.
+
+    Args:
+        z: K numbers, at least 2.
+        radius: Any number.
+        precision: Machine epsilon of the dtype in which a ratio of one must be exactly one-hot.
+    """
+    size = len(z)
+    top = max(z)
+    gaps = [value - top for value in z]
+    mean = sum(gaps) / size
+    if not math.isfinite(mean) or radius != radius:
+        if radius != radius or not all(map(math.isfinite, z)):
+            nan = [math.nan] * size
+            return Projection(nan, list(range(size)), nan, math.nan)
+        gaps = [max(gap, _LOWEST) for gap in gaps]
+        mean = sum(gaps) / size
+    limit = circumradius(size)
+    if radius >= limit * (1 - _RADIUS_TOLERANCE):
+        return _face_point(z, gaps, limit, precision, one_hot=True)
+
+    # Where all ratios are positive, as for most of a training, neither order nor faces matter.
+    deviation = [gap - mean for gap in gaps]
+    distance = math.hypot(*deviation)
+    if distance >= radius:
+        ratios = [1 / size + value for value in deviation]
+        if min(ratios) >= 0:
+            return Projection(_snapped(ratios, precision), list(range(size)), [], 1.0)
+    elif distance > 0:
+        direction = [value / distance for value in deviation]
+        ratios = [1 / size + radius * value for value in direction]
+        if min(ratios) >= 0:
+            # Two entries on a circle of given radius cannot move at all.
+            slope = 0.0 if size == 2 else min(radius / distance, _MAX_AMPLIFICATION)
+            support = list(range(size))
+            return Projection(_snapped(ratios, precision), support, direction, slope)
+    return _face_point(z, gaps, max(radius, 0.0), precision, one_hot=False)
+
+
+def _face_point(
+    z: list[float], gaps: list[float], radius: float, precision: float, one_hot: bool
+) -> Projection:
+    """The projection where some ratios are zero, or all entries are equal."""
+    size = len(z)
+    # Descending; among equals the last candidate comes first.
+    order = sorted(range(size), key=lambda k: (z[k], k), reverse=True)
+    gaps = [gaps[k] for k in order]
+    # Sparsemax.
+    total = threshold = 0.0
+    support = 0
+    for gap in gaps:
+        total += gap
+        if 1 + (support + 1) * gap <= total:
+            break
+        support += 1
+        threshold = (total - 1) / support
+    point = [max(gap - threshold, 0.0) for gap in gaps[:support]]
+    direction, slope = [], 1.0
+    squared_distance = sum([(p - 1 / size) ** 2 for p in point]) + (size - support) / size**2
+    if one_hot or squared_distance < radius**2:
+        support = 1 if one_hot else size
+        point, direction, slope = _circle_point(gaps, support, radius)
+        while point[-1] < 0:
+            support -= 1
+            point, direction, slope = _circle_point(gaps, support, radius)
+    order = order[: len(point)]
+    ratios = [0.0] * size
+    for k, value in zip(order, point, strict=True):
+        ratios[k] = value
+    return Projection(_snapped(ratios, precision), order, direction, slope)
+
+
+def _circle_point(
+    gaps: list[float], count: int, radius: float
+) -> tuple[list[float], list[float], float]:
+    """Best point of the circle in the face of the first entries, its direction and the slope."""
+    centre = 1 / count
+    reach = math.sqrt(max(radius**2 - (centre - 1 / len(gaps)), 0.0))
+    spread = -gaps[count - 1]
+    if spread == 0:
+        # A tie is broken toward the entry sorted first.
+        length = math.sqrt(1 - centre)
+        others = max(centre - reach * centre / length, 0.0) if count > 1 else 0.0
+        return [centre + reach * length] + [others] * (count - 1), [], 1.0
+    # Relative to the spread, so that no gap is too small for a direction.
+    scaled = [gap / spread for gap in gaps[:count]]
+    mean = sum(scaled) / count
+    scaled = [value - mean for value in scaled]
+    length = math.hypot(*scaled)
+    direction = [value / length for value in scaled]
+    # Two entries on a circle of given radius cannot move at all.
+    slope = 0.0 if count == 2 else min(reach / (length * spread), _MAX_AMPLIFICATION)
+    return [centre + reach * value for value in direction], direction, slope

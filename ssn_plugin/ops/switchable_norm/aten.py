@@ -1,7 +1,7 @@
-"""ATen backend: any mixture, on any device.
+"""The ATen backend: any mixture, on any device.
 
-Row means a (sample, channel) pair. README.md beside this file has the derivation, and says which
-operator makes which pass over x and why.
+A row is one (sample, channel) pair. README.md in ops/ has the derivation, and says which operator
+makes which pass over x and why.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from ssn_plugin.ops.switchable_norm.collectives import (
 )
 from ssn_plugin.ops.switchable_norm.ratios import Ratios, readable
 from ssn_plugin.ops.switchable_norm.statistics import (
+    BatchStatistics,
     Mixed,
     Moments,
     RowGradients,
@@ -28,6 +29,7 @@ from ssn_plugin.ops.switchable_norm.statistics import (
     row_gradients,
     takes_part,
 )
+from ssn_plugin.torch_versions import is_compiling
 
 # Added to the row variance so that a constant row has a finite scale; far below any eps in use.
 _ROW_EPS = 1e-20
@@ -36,11 +38,8 @@ _MANY = 2**15
 # Rows of fewer elements are passed over faster three times by plain operators than once by ATen's
 # normalizers, which work row by row.
 _SHORT = 256
-# Below so many bytes of x nobody counts those kept beside it.
+# Below so many bytes of x, always save the statistics for backward.
 _SMALL = 2**20
-# A standard deviation above 1e15 has squares, its own and its inverse's, that leave float32 or soon
-# will; below it nothing of a layer does.
-_NARROW = 1e-15
 
 
 class Rows(NamedTuple):
@@ -118,8 +117,6 @@ def row_moments(x: Tensor) -> Rows:
     normalized, mean, scale = torch.native_group_norm(
         x.contiguous(), None, None, num, channels, length, channels, _ROW_EPS
     )
-    # A variance that overflowed has a scale of zero, by which nobody must divide.
-    scale = scale.clamp_(min=torch.finfo(scale.dtype).tiny)
     return Rows(mean, scale.pow(-2), normalized, scale)
 
 
@@ -181,6 +178,10 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def affine_(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """:func:`affine` in place; ``x`` is contiguous."""
+    if is_compiling():
+        # torch 2.11 gives zero gradients for an autograd function that returns what was changed in
+        # place; a compiler makes one pass of this anyway.
+        return torch.addcmul(_per_row(shift, x), x, _per_row(scale, x))
     if x.numel() < _MANY or _length(x) < _SHORT or not readable(x):
         return x.mul_(_per_row(scale, x)).add_(_per_row(shift, x))
     arguments = _as_batch_norm(x, scale, shift)
@@ -220,39 +221,31 @@ def _mixed_statistics(
     x: Tensor,
     mean_ratios: Ratios,
     var_ratios: Ratios,
-    running: Moments | None,
+    given: Moments | None,
     settings: Settings,
     batch_too: bool = False,
 ) -> tuple[Rows, Mixed]:
     """Moments of the rows and what is mixed from them."""
     if batch_too or any(
-        running is None or settings.normalizers[k] != 'BN' for k in var_ratios.active
+        given is None or settings.normalizers[k] != 'BN' for k in var_ratios.active
     ):
         rows = _corrected_moments(x, settings.correction)
     else:
         rows = Rows(row_means(x), None)
     moments = Moments(rows.mean, rows.var)
-    return rows, mix_statistics(moments, mean_ratios, var_ratios, running, settings, batch_too)
+    return rows, mix_statistics(moments, mean_ratios, var_ratios, given, settings, batch_too)
 
 
-def overflows(x: Tensor, inverse_std: Tensor) -> bool:
-    """Whether float32 is too narrow for the squares of ``x``; asked on the host, at no wait.
-
-    Args:
-        x: The input of the layer.
-        inverse_std: Of statistics in float32.
-    """
-    return readable(x) and not inverse_std.min().item() > _NARROW  # NaN is none either
-
-
-def _wide(
-    x: Tensor, *vectors: Tensor | None, dtype: torch.dtype | None = None
-) -> list[Tensor | None]:
+def _wide(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
     """In the dtype in which the layer computes, float32 or float64."""
-    dtype = dtype or torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if x.dtype != dtype:
         x = x.to(dtype)
     return [x, *[v if v is None or v.dtype == dtype else v.to(dtype) for v in vectors]]
+
+
+def _wide_moments(x: Tensor, moments: Moments | None) -> Moments | None:
+    return None if moments is None else Moments(*_wide(x, *moments)[1:])
 
 
 def forward(
@@ -261,10 +254,7 @@ def forward(
     var_ratios: Ratios,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    tracks: bool,
-    momentum: float | Tensor,
+    batch: BatchStatistics,
     settings: Settings,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, list[Tensor | None], BatchMoments | None]:
@@ -276,48 +266,34 @@ def forward(
         var_ratios: Ratios of the variances.
         weight: Shape (C,) or None.
         bias: Shape (C,) or None.
-        running_mean: Shape (C,) or None.
-        running_var: Shape (C,) or None.
-        tracks: Whether the running statistics are updated; otherwise, if given, they stand for
-            those of 'BN'.
-        momentum: Weight of the new value.
+        batch: What stands for the statistics of 'BN', or is updated by those of the batch.
         settings: What else the layer is.
-        group: Processes whose rows all count for 'BN'; running statistics are then ``tracks``'s
-            alone.
+        group: Processes whose rows all count for 'BN'.
 
     Returns:
-        y in the dtype of x; what spares :func:`backward` a pass over x; the moments of the batch if
-        there is a group.
+        y in the dtype of x; what spares :func:`backward` a pass over x; the moments of the joined
+        batch if there is a group.
     """
-    values, weight, bias, mean, var = _wide(x, weight, bias, running_mean, running_var)
-    batch = None
+    values, weight, bias = _wide(x, weight, bias)
+    tracks, joined = batch.tracked is not None, None
     if group is None:
-        running = None if tracks or mean is None else Moments(mean, var)
-        rows, mixed = _mixed_statistics(values, mean_ratios, var_ratios, running, settings, tracks)
-        if values.dtype == torch.float32 and overflows(x, mixed.inverse_std):
-            values, weight, bias, mean, var = _wide(
-                values, weight, bias, mean, var, dtype=torch.float64
-            )
-            running = None if running is None else Moments(mean, var)
-            rows, mixed = _mixed_statistics(
-                values, mean_ratios, var_ratios, running, settings, tracks
-            )
+        given = _wide_moments(x, batch.given)
+        rows, mixed = _mixed_statistics(values, mean_ratios, var_ratios, given, settings, tracks)
     else:
-        running = None
         rows = _corrected_moments(values, settings.correction)
         moments = Moments(rows.mean, rows.var)
-        batch = all_reduce_moments(moments, _length(x), group)
-        given = Moments(batch.mean, batch.var)
+        joined = all_reduce_moments(moments, _length(x), group)
+        given = Moments(joined.mean, joined.var)
         mixed = mix_statistics(moments, mean_ratios, var_ratios, given, settings, batch_too=True)
     gain = mixed.inverse_std if weight is None else mixed.inverse_std * weight
     y = _apply(values, rows, mixed.distance, gain, bias)
-    if tracks and batch is not None:
-        track(running_mean, running_var, batch, momentum, settings.correction)
+    if tracks and joined is not None:
+        track(batch.tracked, joined, batch.momentum, settings.correction)
     elif tracks:
-        _track(running_mean, running_var, rows, mixed, momentum, settings, x)
-    constant = running is not None
+        _track(batch, rows, mixed, settings, x)
+    constant = group is None and given is not None
     kept = _kept(x, rows, mixed, mean_ratios, var_ratios, constant, settings)
-    return y.to(x.dtype), kept, batch
+    return y.to(x.dtype), kept, joined
 
 
 def _unscaled(factor: Tensor, rows: Rows) -> Tensor:
@@ -338,24 +314,16 @@ def _apply(x: Tensor, rows: Rows, distance: Tensor, gain: Tensor, bias: Tensor |
     return affine(x, gain, torch.addcmul(shift, gain, rows.mean, value=-1))
 
 
-def _track(
-    running_mean: Tensor,
-    running_var: Tensor,
-    rows: Rows,
-    mixed: Mixed,
-    momentum: float | Tensor,
-    settings: Settings,
-    x: Tensor,
-) -> None:
+def _track(batch: BatchStatistics, rows: Rows, mixed: Mixed, settings: Settings, x: Tensor) -> None:
     k, num = settings.normalizers.index('BN'), len(x)
-    # Row mean minus its deviation is the same for all samples.
+    # The row mean minus its deviation is the mean of the batch, the same for all samples.
     mean = rows.mean[0] - mixed.deviations[k][0]
     count = num * _length(x)
     unbiased = count / (count - 1) if settings.correction == 0 and count > 1 else 1.0
-    # An infinite one would be NaN after the next update.
-    var = (mixed.totals[k] * (unbiased / num)).clamp_(max=torch.finfo(running_var.dtype).max)
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_(var.to(running_var.dtype), momentum)
+    running_mean, running_var = batch.tracked
+    running_mean.lerp_(mean.to(running_mean.dtype), batch.momentum)
+    var = mixed.totals[k] * (unbiased / num)
+    running_var.lerp_(var.to(running_var.dtype), batch.momentum)
 
 
 def _kept(
@@ -367,10 +335,10 @@ def _kept(
     constant: bool,
     settings: Settings,
 ) -> list[Tensor | None]:
-    """What of the statistics spares the backward the most work and is little beside x.
+    """All statistics that backward reads, only the row moments, or nothing.
 
-    All that it reads; or the row moments, from which the rest follows; or nothing. What is kept in
-    float64 tells it to compute so.
+    The first spares backward the most work, the last needs the least memory; what is taken is
+    little beside x.
     """
     kept = [rows.mean, mixed.distance, mixed.inverse_std]
     for k, deviation in enumerate(mixed.deviations):
@@ -378,8 +346,7 @@ def _kept(
         kept.append(deviation if pooled or k in mean_ratios.moving else None)
     for k, total in enumerate(mixed.totals):
         kept.append(total if k in var_ratios.moving else None)
-    widened = rows.mean.dtype == torch.float64 != x.dtype
-    if widened or worth_keeping(kept, x):
+    if worth_keeping(kept, x):
         return kept
     moments = [rows.mean, rows.var]
     return moments if worth_keeping(moments, x) else []
@@ -391,12 +358,11 @@ def backward(
     mean_ratios: Ratios,
     var_ratios: Ratios,
     weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    given: Moments | None,
     settings: Settings,
     kept: list[Tensor | None],
     needs_dx: bool,
-    count: Tensor | None = None,
+    joined: BatchMoments | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor | None, dict[int, float | Tensor], dict[int, float | Tensor], Tensor, Tensor]:
     """Gradients of one call of :func:`forward`.
@@ -407,23 +373,20 @@ def backward(
         mean_ratios: Ratios of the means.
         var_ratios: Ratios of the variances.
         weight: Shape (C,) or None.
-        running_mean: Shape (C,) or None; if given, it stands for the mean of 'BN'.
-        running_var: Shape (C,) or None.
+        given: What stood for the statistics of 'BN', (C,) each, or None.
         settings: What else the layer is.
         kept: What :func:`forward` returned, or nothing, and then x is read once more.
         needs_dx: Whether dx is wanted.
-        count: With a group, that of the batch's moments, which stand in ``running_mean`` and
-            ``running_var``.
+        joined: The moments of the joined batch, if there is a group.
         group: As in the forward.
 
     Returns:
         dx or None; index -> gradient of the ratios that move, of the means and of the variances;
         dweight and dbias, (C,).
     """
-    dtype = kept[0].dtype if kept else None
-    values, dy, weight, mean, var = _wide(x, dy, weight, running_mean, running_var, dtype=dtype)
-    running = None if mean is None else Moments(mean, var)
-    statistics = (mean_ratios, var_ratios, running, settings, group is not None)
+    values, dy, weight = _wide(x, dy, weight)
+    given = _wide_moments(x, given if group is None else Moments(joined.mean, joined.var))
+    statistics = (mean_ratios, var_ratios, given, settings, group is not None)
     if not kept:
         rows, mixed = _mixed_statistics(values, *statistics)
     elif len(kept) == 2:
@@ -440,14 +403,14 @@ def backward(
     grad = Moments(gain * sums, (gain * mixed.inverse_std) * products)
     shared = None
     if group is not None and needs_dx and takes_part('BN', mean_ratios, var_ratios, settings):
-        shared = all_reduce_gradients(grad, count, group)
+        shared = all_reduce_gradients(grad, joined.count, group)
     grads = row_gradients(
         grad,
         Moments(rows.mean, rows.var),
         mixed,
         mean_ratios,
         var_ratios,
-        running is not None,
+        given is not None,
         settings,
         _length(x),
         shared,
@@ -470,6 +433,10 @@ def _input_gradient(dy: Tensor, x: Tensor, rows: Rows, gain: Tensor, grads: RowG
     if grads.slope is None:
         return torch.addcmul(_per_row(offset, x), dy, gain)
     if rows.normalized is not None:
-        return affine_(rows.normalized, _unscaled(grads.slope, rows), offset).addcmul_(dy, gain)
-    offset = torch.addcmul(offset, grads.slope, rows.mean, value=-1)
-    return affine(x, grads.slope, offset).addcmul_(dy, gain)
+        centred = affine_(rows.normalized, _unscaled(grads.slope, rows), offset)
+    else:
+        offset = torch.addcmul(offset, grads.slope, rows.mean, value=-1)
+        centred = affine(x, grads.slope, offset)
+    if is_compiling():  # as in affine_
+        return torch.addcmul(centred, dy, gain)
+    return centred.addcmul_(dy, gain)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssn_plugin.ops.switchable_norm.statistics import Moments, pool_total
+from ssn_plugin.ops.switchable_norm.statistics import BatchStatistics, Moments, pool_total
 
 
 class BatchMoments(NamedTuple):
@@ -70,27 +70,21 @@ def all_reduce_gradients(grad: Moments, count: Tensor, group: dist.ProcessGroup)
 
 
 def track(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batch: BatchMoments,
-    momentum: float | Tensor,
-    correction: int,
+    running: Moments, joined: BatchMoments, momentum: float | Tensor, correction: int
 ) -> None:
     """Update running statistics in place; a batch that is empty everywhere leaves them alone.
 
     Args:
-        running_mean: Shape (C,).
-        running_var: Shape (C,).
-        batch: The new values.
+        running: Shape (C,) each.
+        joined: The new values.
         momentum: Weight of the new value.
         correction: 0 to turn the variance into the unbiased one; 1 if it stays as it is.
     """
-    count, mean, var = batch
+    count, mean, var = joined
+    running_mean, running_var = running
     if correction == 0:
         # Before count loses a unit to rounding this is one.
         var = var * (count / (count - 1).clamp(min=1))
-    # An infinite one would be NaN after the next update.
-    var = var.clamp(max=torch.finfo(running_var.dtype).max)
     weight = (count > 0).to(running_mean.dtype) * momentum
     running_mean.lerp_(mean.to(running_mean.dtype), weight)
     running_var.lerp_(var.to(running_var.dtype), weight)
@@ -103,9 +97,7 @@ class EmptyShareFunction(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float | Tensor,
+        batch: BatchStatistics,
         correction: int,
         group: dist.ProcessGroup,
         shares_gradients: bool,
@@ -115,19 +107,17 @@ class EmptyShareFunction(torch.autograd.Function):
         Args:
             ctx: Autograd context.
             x: Shape (N, C, ...), without elements.
-            running_mean: Shape (C,), updated in place, or None.
-            running_var: Shape (C,) or None.
-            momentum: Weight of the new value.
+            batch: Of the layer.
             correction: Of the layer.
             group: The processes.
             shares_gradients: Whether the others reduce gradients in their backward pass.
         """
         nothing = x.new_empty(0, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-        batch = all_reduce_moments(Moments(nothing, None), 0, group)
-        if running_mean is not None:
-            track(running_mean, running_var, batch, momentum, correction)
+        joined = all_reduce_moments(Moments(nothing, None), 0, group)
+        if batch.tracked is not None:
+            track(batch.tracked, joined, batch.momentum, correction)
         ctx.group = group if shares_gradients else None
-        ctx.save_for_backward(nothing, batch.count)
+        ctx.save_for_backward(nothing, joined.count)
         return x.clone()
 
     @staticmethod
@@ -141,4 +131,4 @@ class EmptyShareFunction(torch.autograd.Function):
         if ctx.group is not None:
             nothing, count = ctx.saved_tensors
             all_reduce_gradients(Moments(nothing, nothing), count, ctx.group)
-        return dy, *(None,) * 6
+        return dy, *(None,) * 4

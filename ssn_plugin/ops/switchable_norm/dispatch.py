@@ -1,8 +1,9 @@
 """The normalisation from the control parameters on, and the choice of who computes it.
 
 One autograd function covers importance ratios, statistics, normalisation and the update of the
-running statistics. For backward x, weight and O(N * C) numbers are kept, less where that is much
-beside x. README.md beside this file has the derivation.
+running statistics; one for the ratios and one for the rest would cost a small layer a fifth of its
+time. For backward x, weight and O(N * C) numbers are saved, less where that is much beside x.
+README.md in ops/ has the derivation.
 
 The environment variable ``SSN_BACKEND``, read when this is imported, overrules the choice: 'eager'
 for ATen, 'triton' for the kernels, on the CPU with ``TRITON_INTERPRET=1``.
@@ -15,22 +16,26 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from ssn_plugin.ops.switchable_norm import aten as eager
-from ssn_plugin.ops.switchable_norm import native
-from ssn_plugin.ops.switchable_norm.collectives import EmptyShareFunction
+from ssn_plugin.ops.switchable_norm import aten, native
+from ssn_plugin.ops.switchable_norm.collectives import BatchMoments, EmptyShareFunction
+from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients
 from ssn_plugin.ops.switchable_norm.ratios import (
+    Control,
     Ratios,
-    Selection,
     control_gradient,
-    host_ratios,
-    importance_ratios,
+    ratio_tensors,
+    read_ratios,
     readable,
-    unknown_ratios,
+    unread_ratios,
 )
-from ssn_plugin.ops.switchable_norm.statistics import Settings, takes_part
+from ssn_plugin.ops.switchable_norm.statistics import (
+    BatchStatistics,
+    Moments,
+    Settings,
+    takes_part,
+)
 from ssn_plugin.torch_versions import is_compiling
 
 _BACKEND = os.environ.get('SSN_BACKEND', '')
@@ -59,120 +64,121 @@ def _fused_function(x: Tensor) -> type[torch.autograd.Function] | None:
     return fused.FusedSwitchableNormFunction if fused.triton.supports(x) else None
 
 
-class Plan(NamedTuple):
-    """What the host knows of one call.
+class Call(NamedTuple):
+    """What is settled before the autograd function runs.
 
     Attributes:
         mean: Ratios of the means.
         var: Ratios of the variances.
+        momentum: Weight of the new value in tracked running statistics.
         settings: Of the layer.
-        tracks: Whether the running statistics are updated.
-        kind: How ATen does it, where mean and variance are those of one normalizer.
+        operator: The ATen operator that does it, where mean and variance are of one normalizer.
         group: Processes whose rows all count for 'BN'.
     """
 
     mean: Ratios
     var: Ratios
+    momentum: float | Tensor
     settings: Settings
-    tracks: bool
-    kind: native.Native | None
-    group: ProcessGroup | None = None
+    operator: native.Native | None
+    group: ProcessGroup | None
 
 
 def switchable_norm(
     x: Tensor,
-    mean_control: Tensor,
-    var_control: Tensor,
+    control: Control,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    ratio_map: str,
-    selection: Selection | None,
+    batch: BatchStatistics,
     settings: Settings,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Normalise, and update the running statistics; arguments are taken as valid.
+    """Normalise, and update the tracked running statistics; arguments are taken as valid.
 
     Args:
         x: Shape (N, C, ...). An empty x comes back empty.
-        mean_control: Control parameters of the means, shape (K,), or the ratios themselves.
-        var_control: The same of the variances.
+        control: Where the importance ratios come from.
         weight: Shape (C,) or None.
         bias: Shape (C,) or None.
-        running_mean: Shape (C,) or None. Updated in place if ``training``, unless another than 'BN'
-            is frozen as the choice of mean and variance; else used as a constant.
-        running_var: Shape (C,) or None.
-        training: Whether 'BN' uses the statistics of the batch.
-        momentum: Weight of the new value, a number or a 0-d tensor.
-        ratio_map: 'sparsestmax', 'softmax', or 'given' for ratios.
-        selection: What SparsestMax needs; None for the other maps.
+        batch: Of the layer. Running statistics of 'BN' are left alone where mean and variance are
+            decided for others.
         settings: What else the layer is.
         group: Processes over whose batches together 'BN' takes its statistics, in training. All of
             them must come here, with an empty x too.
     """
+    size = len(settings.normalizers)
+    if 'BN' not in settings.normalizers:
+        batch = BatchStatistics()
     ratios = None
     if group is not None:
-        ratios = host_ratios(mean_control, var_control, ratio_map, selection)
+        ratios = read_ratios(control, size)
         group = group if _needs_batch(*ratios, settings) else None
     if x.numel() == 0 and group is None:
-        return _empty_result(x, mean_control, var_control, weight, bias)
-    if 'BN' not in settings.normalizers:
-        running_mean = running_var = None
+        return _empty_result(x, control.mean, control.var, weight, bias)
     fused = None if group is not None else _fused_function(x)
     if fused is not None:
+        running_mean, running_var = batch.tracked or batch.given or (None, None)
         return fused.apply(
             x,
-            mean_control,
-            var_control,
+            control.mean,
+            control.var,
             weight,
             bias,
             running_mean,
             running_var,
-            training,
-            momentum,
-            ratio_map,
-            None if selection is None else selection[:5],
-            (None, None) if selection is None else selection.known(),
+            batch.given is None,
+            batch.momentum,
+            control.ratio_map,
+            control.selection,
+            control.known,
             settings,
         )
-    mean, var = ratios or host_ratios(mean_control, var_control, ratio_map, selection)
+    mean, var = ratios or read_ratios(control, size)
+    sources = [control.mean, control.var]
     if mean is None or var is None:
-        mean_ratios, var_ratios = mean_control, var_control
-        if ratio_map != 'given':
-            mean_ratios, var_ratios = importance_ratios(mean_control, var_control, selection)
+        tensors = ratio_tensors(control)
+        on_simplex = control.ratio_map != 'given'
         if mean is None:
-            mean_control, mean = mean_ratios, unknown_ratios(mean_ratios, ratio_map != 'given')
+            sources[0], mean = tensors[0], unread_ratios(tensors[0], on_simplex)
         if var is None:
-            var_control, var = var_ratios, unknown_ratios(var_ratios, ratio_map != 'given')
-    if isinstance(momentum, Tensor) and readable(momentum):
-        momentum = momentum.item()
-
-    choice, kind = _only_choice(mean, var, settings), None
-    tracks = running_mean is not None and training and _needs_batch(mean, var, settings)
-    alone = not tracks or (choice == 'BN' and not isinstance(momentum, Tensor))
-    if choice is not None and alone and group is None:  # no operator of ATen shares statistics
-        constant = running_mean is not None and not training
-        kind = native.kind_of(x, choice, settings, constant)
-    if training and not tracks:
-        running_mean = running_var = None
+            sources[1], var = tensors[1], unread_ratios(tensors[1], on_simplex)
+    batch, operator = _settled(x, mean, var, batch, settings)
     if x.numel() == 0:
         shares_gradients = takes_part('BN', mean, var, settings)
-        x = EmptyShareFunction.apply(
-            x, running_mean, running_var, momentum, settings.correction, group, shares_gradients
-        )
-        return _empty_result(x, mean_control, var_control, weight, bias)
-    plan = Plan(mean, var, settings, tracks, kind, group)
-    return SwitchableNormFunction.apply(
-        x, mean_control, var_control, weight, bias, running_mean, running_var, momentum, plan
+        x = EmptyShareFunction.apply(x, batch, settings.correction, group, shares_gradients)
+        return _empty_result(x, *sources, weight, bias)
+    tracked, given = batch.tracked or (None, None), batch.given or (None, None)
+    call = Call(
+        mean,
+        var,
+        batch.momentum,
+        settings,
+        None if group is not None else operator,  # no ATen operator shares statistics
+        group,
     )
+    return SwitchableNormFunction.apply(x, *sources, weight, bias, *tracked, *given, call)
+
+
+def _settled(
+    x: Tensor, mean: Ratios, var: Ratios, batch: BatchStatistics, settings: Settings
+) -> tuple[BatchStatistics, native.Native | None]:
+    """What is left to do with running statistics, and the ATen operator for all of it, if any."""
+    if batch.tracked is not None and not _needs_batch(mean, var, settings):
+        batch = BatchStatistics()
+    momentum = batch.momentum
+    if isinstance(momentum, Tensor) and readable(momentum):
+        momentum = momentum.item()
+        batch = batch._replace(momentum=momentum)
+    choice = _only_choice(mean, var, settings)
+    by_number = choice == 'BN' and not isinstance(momentum, Tensor)
+    if choice is None or x.numel() == 0 or (batch.tracked is not None and not by_number):
+        return batch, None
+    return batch, native.kind_of(x, choice, settings, batch.given is not None)
 
 
 def _needs_batch(mean: Ratios | None, var: Ratios | None, settings: Settings) -> bool:
     """Whether anybody needs the statistics of 'BN', now or for evaluation."""
-    if mean is None or var is None or not (mean.frozen and var.frozen):
+    if mean is None or var is None or not (mean.decided and var.decided):
         return 'BN' in settings.normalizers
     return takes_part('BN', mean, var, settings)
 
@@ -194,6 +200,11 @@ def _empty_result(x: Tensor, *parameters: Tensor | None) -> Tensor:
     return x + touched
 
 
+def _factory(tensor: Tensor | None) -> dict | None:
+    """Dtype and device of a tensor."""
+    return None if tensor is None else dict(dtype=tensor.dtype, device=tensor.device)
+
+
 class SwitchableNormFunction(torch.autograd.Function):
     """Forward and backward on ATen, of a non-empty x; see :func:`switchable_norm`."""
 
@@ -201,75 +212,62 @@ class SwitchableNormFunction(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,
-        mean_control: Tensor,
-        var_control: Tensor,
+        mean_control: Tensor | None,
+        var_control: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float | Tensor,
-        plan: Plan,
+        tracked_mean: Tensor | None,
+        tracked_var: Tensor | None,
+        given_mean: Tensor | None,
+        given_var: Tensor | None,
+        call: Call,
     ) -> Tensor:
         """Normalise.
 
         Args:
             ctx: Autograd context.
             x: Shape (N, C, ...), not empty.
-            mean_control: Where ``plan.mean`` comes from, shape (K,); its values where it has none.
-            var_control: The same for ``plan.var``.
+            mean_control: Where ``call.mean`` comes from, shape (K,); its values where it has none.
+            var_control: The same for ``call.var``.
             weight: Shape (C,) or None.
             bias: Shape (C,) or None.
-            running_mean: Shape (C,) or None. If ``plan.tracks`` it is updated in place; otherwise
-                it stands for the mean of 'BN'.
-            running_var: Shape (C,) or None.
-            momentum: Weight of the new value.
-            plan: All else.
+            tracked_mean: Shape (C,) or None; updated in place by the mean of the batch.
+            tracked_var: Shape (C,) or None.
+            given_mean: Shape (C,) or None; stands for the mean of 'BN'.
+            given_var: Shape (C,) or None.
+            call: All else.
 
         Returns:
             y in the dtype of x.
         """
-        mean, var, settings, tracks, kind, group = plan
-        batch = found = None
-        if kind is not None:
-            found = native.forward(
-                kind, x, weight, bias, running_mean, running_var, momentum, settings.eps
-            )
-        if found is None:
-            if kind is not None:
-                # Too large for ATen's float32. The running statistics are updated already.
-                plan = plan._replace(kind=None)
-                if tracks:
-                    running_mean, running_var, tracks = None, None, False
-            y, kept, batch = eager.forward(
-                x,
-                mean.filled(mean_control, x),
-                var.filled(var_control, x),
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                tracks,
-                momentum,
-                settings,
-                group,
-            )
+        mean, var, momentum, settings, operator, group = call
+        tracked = None if tracked_mean is None else Moments(tracked_mean, tracked_var)
+        given = None if given_mean is None else Moments(given_mean, given_var)
+        batch = BatchStatistics(tracked, given, momentum)
+        joined = (None,) * 3
+        if operator is not None:
+            y, kept = native.forward(operator, x, weight, bias, batch, settings.eps)
         else:
-            y, kept = found
-        if tracks:
-            running_mean = running_var = None
-        count = None
-        if batch is not None:
-            count, running_mean, running_var = batch
-        ctx.plan = plan
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        # Control parameters have a few elements: kept for their dtype and device at least.
-        ctx.save_for_backward(
-            x, mean_control, var_control, weight, running_mean, running_var, count, *kept
-        )
+            ratios = mean.filled(mean_control, x), var.filled(var_control, x)
+            y, kept, found = aten.forward(x, *ratios, weight, bias, batch, settings, group)
+            joined = found or joined
+        ctx.call = call
+        ctx.sizes = len(settings.normalizers)
+        ctx.factories = [_factory(tensor) for tensor in (mean_control, var_control, bias)]
+        # Control parameters of a decided layer are not read, so whoever writes to them between
+        # forward and backward does no harm.
+        controls = [
+            control if ratios.moving else None
+            for control, ratios in ((mean_control, mean), (var_control, var))
+        ]
+        if mean.values is None:
+            controls[0] = mean_control
+        if var.values is None:
+            controls[1] = var_control
+        ctx.save_for_backward(x, *controls, weight, given_mean, given_var, *joined, *kept)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, both control parameters, weight and bias.
 
@@ -280,39 +278,73 @@ class SwitchableNormFunction(torch.autograd.Function):
         Returns:
             One entry per argument of the forward pass.
         """
-        x, mean_control, var_control, weight, *statistics = ctx.saved_tensors
-        running_mean, running_var, count, *kept = statistics
-        needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        mean, var, settings, _, kind, group = ctx.plan
-        if kind is None:
-            dx, dmean, dvar, dweight, dbias = eager.backward(
-                dy,
-                x,
-                mean.filled(mean_control, x),
-                var.filled(var_control, x),
-                weight,
-                running_mean,
-                running_var,
-                settings,
-                kept,
-                needs_dx,
-                count,
-                group,
-            )
-        else:
-            dmean = dvar = {}
-            wanted = [needs_dx, needs_weight, needs_bias]
-            dx, dweight, dbias = native.backward(
-                kind, dy, x, weight, running_mean, running_var, settings.eps, kept, wanted
-            )
-        return (
-            dx,
-            control_gradient(mean, dmean, mean_control) if needs_mean else None,
-            control_gradient(var, dvar, var_control) if needs_var else None,
-            dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(ctx.bias_dtype) if needs_bias else None,
-            None,
-            None,
-            None,
-            None,
+        if torch.is_grad_enabled() and not is_compiling():
+            return _gradients_to_differentiate(ctx, dy)
+        return _gradients(ctx, dy)
+
+
+def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean_control, var_control, weight, *statistics = ctx.saved_tensors
+    given_mean, given_var, *joined = statistics[:5]
+    kept = statistics[5:]
+    needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    mean, var, _, settings, operator, group = ctx.call
+    given = None if given_mean is None else Moments(given_mean, given_var)
+    if operator is None:
+        dx, dmean, dvar, dweight, dbias = aten.backward(
+            dy,
+            x,
+            mean.filled(mean_control, x),
+            var.filled(var_control, x),
+            weight,
+            given,
+            settings,
+            kept,
+            needs_dx,
+            None if group is None else BatchMoments(*joined),
+            group,
         )
+    else:
+        dmean = dvar = {}
+        wanted = [needs_dx, needs_weight, needs_bias]
+        dx, dweight, dbias = native.backward(
+            operator, dy, x, weight, given, settings.eps, kept, wanted
+        )
+    of_mean, of_var, of_bias = ctx.factories
+    return (
+        dx,
+        control_gradient(mean, dmean, ctx.sizes, of_mean) if needs_mean else None,
+        control_gradient(var, dvar, ctx.sizes, of_var) if needs_var else None,
+        dweight.to(weight.dtype) if needs_weight else None,
+        dbias.to(of_bias['dtype']) if needs_bias else None,
+        *(None,) * 5,
+    )
+
+
+def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The same by plain operators, for ``create_graph=True``."""
+    x, mean_control, var_control, weight, given_mean, given_var, *_ = ctx.saved_tensors
+    mean, var, _, settings, _, group = ctx.call
+    if group is not None:
+        raise RuntimeError(
+            'SyncSSN: got a backward pass with create_graph=True, expected one without: second '
+            'derivatives over several processes are not there; revert_sync_ssn(model) has them'
+        )
+    controls = (mean_control, var_control)
+    values = []
+    for ratios, control in zip((mean, var), controls, strict=True):
+        if ratios.values is None:
+            values.append(control.unbind())
+        else:
+            values.append(ratios.again(control).unbind() if ratios.moving else ratios.values)
+    given = None if given_mean is None else Moments(given_mean, given_var)
+    dx, dmean, dvar, dweight, dbias = differentiable_gradients(
+        dy, x, controls, tuple(values), weight, given, settings, ctx.needs_input_grad[:5]
+    )
+    gradients = [dmean, dvar]
+    for index, factory in enumerate(ctx.factories[:2]):
+        if ctx.needs_input_grad[1 + index] and gradients[index] is None:
+            gradients[index] = torch.zeros(ctx.sizes, **factory)
+    if dbias is not None:
+        dbias = dbias.to(ctx.factories[2]['dtype'])
+    return dx, *gradients, dweight, dbias, *(None,) * 5

@@ -1,7 +1,8 @@
-"""The evaluation pass in a few plain operators, for whoever records a network: export and tracing.
+"""The layer in a few plain operators: for export and tracing, and for second derivatives.
 
 Recorders see neither through the autograd functions nor through their choice of ATen operators. No
-value and no size is read on the host here, so what is recorded holds for every input size.
+value and no size is read here, so what is recorded holds for every input size; and autograd can
+differentiate what is here as often as it likes.
 """
 
 from collections.abc import Sequence
@@ -11,52 +12,93 @@ from torch import Tensor
 
 from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
 
+Values = Sequence[float | Tensor]
+
 
 def switchable_norm(
     x: Tensor,
-    mean_ratios: Sequence[float],
-    var_ratios: Sequence[float],
+    mean_ratios: Values,
+    var_ratios: Values,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    given: Moments | None,
     settings: Settings,
 ) -> Tensor:
-    """Normalise with constant importance ratios; only what they need is computed.
+    """Normalise by importance ratios; a candidate whose ratio is the number 0 is left out.
 
     Args:
         x: Shape (N, C, ...).
-        mean_ratios: K numbers.
-        var_ratios: K numbers.
+        mean_ratios: K numbers or 0-d tensors.
+        var_ratios: K numbers or 0-d tensors.
         weight: Shape (C,) or None.
         bias: Shape (C,) or None.
-        running_mean: Shape (C,) or None for the mean of the batch as that of 'BN'.
-        running_var: Shape (C,) or None.
+        given: What stands for the statistics of 'BN', (C,) each; None for those of the batch.
         settings: What else the layer is.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     # (N, C, S), so that one set of operators serves every number of dimensions.
     rows = (x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)).to(dtype)
-    running = None if running_mean is None else Moments(running_mean, running_var)
+    ratios = list(zip(settings.normalizers, mean_ratios, var_ratios, strict=True))
     from_rows = [
         name
-        for name, *ratios in zip(settings.normalizers, mean_ratios, var_ratios, strict=True)
-        if any(ratios) and not (name == 'BN' and running is not None)
+        for name, *pair in ratios
+        if any(map(_takes_part, pair)) and not (name == 'BN' and given is not None)
     ]
     moments = _row_moments(rows, settings.correction) if from_rows else None
     mean, var = 0.0, settings.eps
-    for name, mean_ratio, var_ratio in zip(
-        settings.normalizers, mean_ratios, var_ratios, strict=True
-    ):
-        if mean_ratio or var_ratio:
-            found = running if name not in from_rows else _pooled(moments, name, settings)
-            mean = mean + mean_ratio * found.mean.to(dtype) if mean_ratio else mean
-            var = var + var_ratio * found.var.to(dtype) if var_ratio else var
+    for name, mean_ratio, var_ratio in ratios:
+        if _takes_part(mean_ratio) or _takes_part(var_ratio):
+            found = given if name not in from_rows else _pooled(moments, name, settings)
+            mean = mean + mean_ratio * found.mean.to(dtype) if _takes_part(mean_ratio) else mean
+            var = var + var_ratio * found.var.to(dtype) if _takes_part(var_ratio) else var
     scale = torch.rsqrt(var)
     scale = scale if weight is None else scale * weight.to(dtype)
     y = (rows - mean.unsqueeze(-1)) * scale.unsqueeze(-1)
     y = y if bias is None else y + bias.to(dtype).unsqueeze(-1)
     return y.to(x.dtype).reshape(x.shape)
+
+
+def differentiable_gradients(
+    dy: Tensor,
+    x: Tensor,
+    sources: tuple[Tensor | None, Tensor | None],
+    ratios: tuple[Values, Values],
+    weight: Tensor | None,
+    given: Moments | None,
+    settings: Settings,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the layer that can be differentiated again.
+
+    Args:
+        dy: Gradient of y.
+        x: As in the forward pass, like all that is not mentioned.
+        sources: The tensors that the ratios of means and variances were computed from, if any.
+        ratios: Computed from them again.
+        weight: Shape (C,) or None.
+        given: As for :func:`switchable_norm`.
+        settings: What else the layer is.
+        wanted: Of x, both sources, weight and bias, which gradients are wanted.
+
+    Returns:
+        The gradients in this order, None where one is not wanted.
+    """
+    y = switchable_norm(x, *ratios, weight, None, given, settings)
+    inputs = [
+        tensor if needed and tensor is not None and tensor.requires_grad else None
+        for tensor, needed in zip((x, *sources, weight), wanted[:4], strict=True)
+    ]
+    present = [tensor for tensor in inputs if tensor is not None]
+    found = iter(
+        torch.autograd.grad(y, present, dy, create_graph=True, allow_unused=True) if present else ()
+    )
+    gradients = [None if tensor is None else next(found) for tensor in inputs]
+    dbias = dy.sum([0, *range(2, dy.dim())]) if wanted[4] else None
+    return [*gradients, dbias]
+
+
+def _takes_part(ratio: float | Tensor) -> bool:
+    return isinstance(ratio, Tensor) or ratio != 0
 
 
 def _row_moments(rows: Tensor, correction: int) -> Moments:

@@ -1,4 +1,4 @@
-"""A layer whose mean and variance are those of one normalizer: ATen's own operators for it."""
+"""A layer whose mean and variance are those of one normalizer: the ATen operator for it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,8 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssn_plugin.ops.switchable_norm.aten import overflows, worth_keeping
-from ssn_plugin.ops.switchable_norm.statistics import Settings, row_factor
+from ssn_plugin.ops.switchable_norm.aten import worth_keeping
+from ssn_plugin.ops.switchable_norm.statistics import (
+    BatchStatistics,
+    Moments,
+    Settings,
+    row_factor,
+)
 
 
 class Native(NamedTuple):
@@ -36,8 +41,8 @@ def kind_of(x: Tensor, normalizer: str, settings: Settings, running: bool) -> Na
     num, channels, length = _sizes(x)
     factor = row_factor(length, settings.correction)
     if normalizer == 'BN':
-        # With a correction the variance that normalises is none of ATen's; and one element has no
-        # unbiased variance to track.
+        # ATen has no batch norm with a correction, and one element has no unbiased variance to
+        # track.
         exact = running or (factor == 1 and num * length > 1)
         if x.is_cpu and x.element_size() < 4 and not x.is_contiguous():
             exact = False  # on channels_last its backward adds up in half precision, and overflows
@@ -82,50 +87,28 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
+    batch: BatchStatistics,
     eps: float,
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Normalise, and update the running statistics if 'BN' uses those of the batch.
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Normalise, and update the tracked running statistics.
 
-    Args:
-        kind: Of :func:`kind_of`.
-        x: As given to it.
-        weight: Shape (C,) or None.
-        bias: Shape (C,) or None.
-        running_mean: Shape (C,) or None.
-        running_var: Shape (C,) or None.
-        momentum: Weight of the new value.
-        eps: Added to the variance.
-
-    Returns:
-        y in the dtype of x, and what spares :func:`backward` a pass over x. None where float32 is
-        too narrow for squares of x; the running statistics are updated all the same.
+    Returns y in the dtype of x, and what spares :func:`backward` a pass over x.
     """
-    if kind.batch and running_var is not None and momentum == 0:
-        running_mean = running_var = None  # zero times an overflow would not leave them alone
-    values, weight, bias, mean, var = _in_kernel_dtypes(
-        kind, x, weight, bias, running_mean, running_var
-    )
+    values, weight, bias = _in_kernel_dtypes(kind, x, weight, bias)
     weight = _scaled_weight(kind, values, weight, needed=False)
     if kind.groups is None:
+        running = batch.tracked or batch.given or Moments(None, None)
+        _, mean, var = _in_kernel_dtypes(kind, x, *running)
         y, *kept = torch.native_batch_norm(
-            values, weight, bias, mean, var, kind.batch, momentum, eps
+            values, weight, bias, mean, var, kind.batch, batch.momentum, eps
         )
-        if kind.batch and mean is not running_mean:
-            running_mean.copy_(mean)
-            running_var.copy_(var)
-        if kind.batch and kept[1].dtype == torch.float32 and overflows(x, kept[1]):
-            if running_var is not None:
-                running_var.clamp_(max=torch.finfo(running_var.dtype).max)
-            return None
+        if batch.tracked is not None and mean is not running.mean:
+            running.mean.copy_(mean)
+            running.var.copy_(var)
         return y, kept
     y, *kept = torch.native_group_norm(
         values, weight, bias, *_sizes(x), kind.groups, eps / kind.factor
     )
-    if kept[1].dtype == torch.float32 and overflows(x, kept[1]):
-        return None
     return y.to(x.dtype), kept if worth_keeping(kept, x) else []
 
 
@@ -134,26 +117,16 @@ def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    given: Moments | None,
     eps: float,
     kept: Sequence[Tensor],
     wanted: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias.
+    """Gradients of x, weight and bias, those that are wanted.
 
-    Args:
-        kind: Of :func:`kind_of`.
-        dy: The shape and dtype of x.
-        x: As in the forward, like all that is not mentioned.
-        weight: Shape (C,) or None.
-        running_mean: Shape (C,) or None.
-        running_var: Shape (C,) or None.
-        eps: Added to the variance.
-        kept: What :func:`forward` returned, or nothing, and then x is read once more.
-        wanted: Which gradients are wanted.
+    ``kept`` is what :func:`forward` returned; if it is empty, x is read once more.
     """
-    values, weight, mean, var = _in_kernel_dtypes(kind, x, weight, running_mean, running_var)
+    values, weight, mean, var = _in_kernel_dtypes(kind, x, weight, *(given or (None, None)))
     weight = _scaled_weight(kind, values, weight, needed=any(wanted[1:]))
     dy = dy.to(values.dtype)
     if kind.groups is None:

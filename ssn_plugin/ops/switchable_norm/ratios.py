@@ -1,4 +1,9 @@
-"""From control parameters to importance ratios: on the host where it may look, else as tensors."""
+"""From control parameters to importance ratios: as numbers where reading is free, else as tensors.
+
+Reading a tensor on a GPU waits for everything that runs there. So a layer on a GPU, or one that is
+being compiled or traced, works with tensors; a layer on the CPU works with numbers, leaves out what
+does not take part, and spares some forty operators on tensors of three elements.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,34 +14,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ssn_plugin.ops.sparsestmax import SparsestMaxFunction
-from ssn_plugin.ops.sparsestmax_floats import sparsestmax
+from ssn_plugin.ops.sparsestmax import SparsestMaxFunction, project_floats
 from ssn_plugin.torch_versions import is_compiling
 
-# Choice of what is not frozen; also of a frozen one whose flag was copied without it, in a model
-# that took over parameters and persistent buffers: there the largest control parameter tells.
+# The choice of an undecided statistic. Also that of a decided one whose flag was copied without its
+# choice, as in a model that took over parameters and persistent buffers: then the largest control
+# parameter is the choice.
 UNKNOWN = -1
+
+Choices = tuple[int | None, int | None]  # indices of the selected mean and variance
 
 
 class Selection(NamedTuple):
-    """What an SSN knows beside its control parameters.
-
-    Attributes:
-        radius: 0-d.
-        mean_fixed: 0-d; above 0 the mean is frozen.
-        var_fixed: 0-d.
-        mean_choice: 0-d, index of the frozen candidate, or -1 for the largest control parameter.
-        var_choice: 0-d.
-        known: Returns the indices of the frozen candidates of mean and variance as far as the host
-            knows them without reading a tensor, else None.
-    """
+    """What SparsestMax needs beside the control parameters; all tensors are 0-d."""
 
     radius: Tensor
-    mean_fixed: Tensor
+    mean_fixed: Tensor  # above 0 the mean is decided
     var_fixed: Tensor
-    mean_choice: Tensor
+    mean_choice: Tensor  # index of the selected candidate, or UNKNOWN
     var_choice: Tensor
-    known: Callable[[], tuple[int | None, int | None]]
+
+
+class Control(NamedTuple):
+    """Where the importance ratios of a layer come from.
+
+    Attributes:
+        mean: Control parameters of the means, shape (K,), or the ratios themselves. None where
+            ``known`` holds both choices.
+        var: The same of the variances.
+        ratio_map: 'sparsestmax', 'softmax', or 'given' for ratios.
+        selection: What SparsestMax needs; None for the other maps.
+        known: The choices that can be told without reading a tensor. Results are the same without
+            it; it spares work on GPUs and in compiled graphs.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    ratio_map: str
+    selection: Selection | None = None
+    known: Choices = (None, None)
 
 
 def largest(control: Tensor) -> Tensor:
@@ -44,10 +60,10 @@ def largest(control: Tensor) -> Tensor:
     return control.shape[-1] - 1 - control.flip(-1).argmax(-1, keepdim=True)
 
 
-def fixed_ratios(
+def selected_ratios(
     mean_control: Tensor, var_control: Tensor, selection: Selection
 ) -> tuple[Tensor, Tensor]:
-    """Which of (mean, variance) are frozen, (2, 1), and the one-hot vectors, (2, K)."""
+    """Which of (mean, variance) are decided, (2, 1), and their one-hot vectors, (2, K)."""
     fixed = torch.stack((selection.mean_fixed, selection.var_fixed)).unsqueeze(-1) > 0
     choice = torch.stack((selection.mean_choice, selection.var_choice)).unsqueeze(-1)
     control = torch.stack((mean_control, var_control)).detach()
@@ -56,21 +72,15 @@ def fixed_ratios(
     return fixed, (candidates == choice).to(control.dtype)
 
 
-def importance_ratios(
-    mean_control: Tensor, var_control: Tensor, selection: Selection | None
-) -> tuple[Tensor, Tensor]:
-    """Importance ratios as tensors, with gradient; no value is read on the host.
-
-    Args:
-        mean_control: Control parameters of the means, shape (K,).
-        var_control: Control parameters of the variances, shape (K,).
-        selection: What SparsestMax needs; None for the softmax of SN.
-    """
-    control = torch.stack((mean_control, var_control))
-    if selection is None:
-        return control.softmax(-1).unbind()
-    fixed, one_hot = fixed_ratios(mean_control, var_control, selection)
-    ratios = SparsestMaxFunction.apply(control, selection.radius)
+def ratio_tensors(control: Control) -> tuple[Tensor, Tensor]:
+    """Importance ratios as tensors, with gradient; no value is read."""
+    if control.ratio_map == 'given':
+        return control.mean, control.var
+    both = torch.stack((control.mean, control.var))
+    if control.selection is None:
+        return both.softmax(-1).unbind()
+    fixed, one_hot = selected_ratios(control.mean, control.var, control.selection)
+    ratios = SparsestMaxFunction.apply(both, control.selection.radius)
     return torch.where(fixed, one_hot, ratios).unbind()
 
 
@@ -83,138 +93,133 @@ class Ratios(NamedTuple):
         moving: Indices of the ratios with a gradient.
         pull_back: From the gradients of the K ratios, of which those that do not move are not read,
             to those of the control parameters.
-        frozen: Whether no later radius changes them.
+        decided: Whether no later radius changes them.
         on_simplex: Whether they sum to one whatever they come from, so that their gradients matter
             up to a common number.
+        again: From the control parameters to the same ratios as a tensor, for who differentiates
+            twice.
     """
 
     values: Sequence[float | Tensor] | None
     active: Sequence[int]
     moving: Sequence[int]
     pull_back: Callable[[list[float]], list[float]] | None = None
-    frozen: bool = False
+    decided: bool = False
     on_simplex: bool = True
+    again: Callable[[Tensor], Tensor] | None = None
 
     def filled(self, ratios: Tensor | None, x: Tensor) -> 'Ratios':
-        """With the values of a tensor where there are none.
-
-        Args:
-            ratios: Shape (K,).
-            x: The input of the layer, for the dtype in which its statistics are computed.
-        """
+        """With the values of a tensor (K,) where there are none, in the dtype of x's statistics."""
         if self.values is not None:
             return self
         dtype = torch.promote_types(x.dtype, torch.float32)
         return self._replace(values=ratios.to(dtype).unbind())
 
 
-def unknown_ratios(ratios: Tensor, on_simplex: bool) -> Ratios:
-    """Ratios in a tensor that the host may not read: all take part.
-
-    Args:
-        ratios: Shape (K,).
-        on_simplex: Whether they come from a map onto the simplex.
-    """
+def unread_ratios(ratios: Tensor, on_simplex: bool) -> Ratios:
+    """Ratios in a tensor whose values are not read: all of them take part."""
     candidates = list(range(len(ratios)))
     learns = torch.is_grad_enabled() and ratios.requires_grad
     return Ratios(None, candidates, candidates if learns else [], on_simplex=on_simplex)
 
 
+def decided_ratios(choice: int, size: int) -> Ratios:
+    """Ratios of a decided statistic of ``size`` candidates."""
+    values = [0.0] * size
+    values[choice] = 1.0
+    return Ratios(values, [choice], [], decided=True)
+
+
 def control_gradient(
-    ratios: Ratios, gradients: dict[int, float | Tensor], control: Tensor
+    ratios: Ratios, gradients: dict[int, float | Tensor], size: int, factory: dict
 ) -> Tensor:
     """Gradient of control parameters, or of the ratios themselves where those are given.
 
-    Args:
-        ratios: What was made of them.
-        gradients: Index -> gradient of the ratios that move.
-        control: Shape (K,), for its dtype and device.
+    ``factory`` holds their dtype and device.
     """
     if not ratios.moving:
-        return torch.zeros_like(control)
+        return torch.zeros(size, **factory)
     if ratios.pull_back is None:
-        return torch.stack([gradients[k] for k in range(len(control))]).to(control.dtype)
-    dp = [gradients.get(k, 0.0) for k in range(len(ratios.values))]
-    return torch.tensor(ratios.pull_back(dp), dtype=control.dtype, device=control.device)
+        return torch.stack([gradients[k] for k in range(size)]).to(**factory)
+    return torch.tensor(ratios.pull_back([gradients.get(k, 0.0) for k in range(size)]), **factory)
 
 
-def frozen_ratios(choice: int, size: int) -> Ratios:
-    """Ratios of a frozen choice among ``size`` candidates."""
-    values = [0.0] * size
-    values[choice] = 1.0
-    return Ratios(values, [choice], [], frozen=True)
-
-
-def readable(*tensors: Tensor) -> bool:
-    """Whether reading values costs nothing and means anything.
-
-    The tensors are in the memory of the host, no subclass, and nobody records what is done to them.
-    """
+def has_values(*tensors: Tensor) -> bool:
+    """Whether these tensors hold values that can be read: nothing is recorded, nothing is faked."""
     if is_compiling() or torch.jit.is_tracing():
         return False
     if _get_current_dispatch_mode() is not None:
         return False
-    for tensor in tensors:
-        if not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
+    for tensor in tensors:  # a loop, which is the fastest: every forward pass comes here
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
             return False
     return True
 
 
-def host_ratios(
-    mean_control: Tensor, var_control: Tensor, ratio_map: str, selection: Selection | None
-) -> list[Ratios | None]:
-    """Importance ratios of means and variances, None where the host may not look.
+def readable(*tensors: Tensor) -> bool:
+    """Whether reading their values costs nothing: they are in the memory of the CPU."""
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return False
+    return has_values(*tensors)
+
+
+def read_ratios(control: Control, size: int) -> list[Ratios | None]:
+    """Importance ratios of means and variances, None where reading them would wait.
 
     Args:
-        mean_control: Control parameters of the means, shape (K,), or the ratios themselves.
-        var_control: The same of the variances.
-        ratio_map: 'sparsestmax', 'softmax', or 'given' for the ratios themselves.
-        selection: What SparsestMax needs.
+        control: Where they come from.
+        size: K, the number of candidates.
     """
-    controls = (mean_control, var_control)
-    if not readable(*controls, *(() if selection is None else selection[:5])):
-        if selection is None:
-            return [None, None]
-        size = len(mean_control)
-        return [None if k is None else frozen_ratios(k, size) for k in selection.known()]
+    if control.mean is None or not readable(control.mean, control.var, *(control.selection or ())):
+        return [None if k is None else decided_ratios(k, size) for k in control.known]
     tracks = torch.is_grad_enabled()
-    if selection is None:
-        maps = _host_softmax if ratio_map == 'softmax' else _host_given
-        return [maps(control.tolist(), tracks and control.requires_grad) for control in controls]
-    radius, mean_fixed, var_fixed, mean_choice, var_choice, _ = selection
+    both = (control.mean, control.var)
+    if control.selection is None:
+        read = _read_softmax if control.ratio_map == 'softmax' else _read_given
+        return [read(z.tolist(), tracks and z.requires_grad) for z in both]
+    radius, *flags = control.selection
     return [
-        _host_sparsestmax(control, radius, fixed, choice, tracks and control.requires_grad)
-        for control, fixed, choice in (
-            (mean_control, mean_fixed, mean_choice),
-            (var_control, var_fixed, var_choice),
-        )
+        _read_sparsestmax(z, radius.item(), fixed, choice, tracks and z.requires_grad)
+        for z, fixed, choice in zip(both, flags[:2], flags[2:], strict=True)
     ]
 
 
-def _host_given(values: list[float], learns: bool) -> Ratios:
+def _read_given(values: list[float], learns: bool) -> Ratios:
     active = [k for k, value in enumerate(values) if learns or value != 0]
-    return Ratios(values, active, active if learns else [], list, on_simplex=False)
+    moving = active if learns else []
+    return Ratios(values, active, moving, list, on_simplex=False, again=_unchanged)
 
 
-def _host_softmax(z: list[float], learns: bool) -> Ratios:
+def _unchanged(ratios: Tensor) -> Tensor:
+    return ratios
+
+
+def _read_softmax(z: list[float], learns: bool) -> Ratios:
     values = _softmax(z)
     active = list(range(len(z)))
-    return Ratios(values, active, active if learns else [], partial(_softmax_pull_back, values))
+    pull_back = partial(_softmax_pull_back, values)
+    again = partial(torch.softmax, dim=-1)
+    return Ratios(values, active, active if learns else [], pull_back, again=again)
 
 
-def _host_sparsestmax(
-    control: Tensor, radius: Tensor, fixed: Tensor, choice: Tensor, learns: bool
+def _read_sparsestmax(
+    control: Tensor, radius: float, fixed: Tensor, choice: Tensor, learns: bool
 ) -> Ratios:
     if fixed.item() > 0:
         index = choice.item()
-        return frozen_ratios(int(largest(control)) if index == UNKNOWN else index, len(control))
-    precision = torch.finfo(control.dtype).eps
-    found = sparsestmax(control.tolist(), radius.item(), precision)
+        return decided_ratios(int(largest(control)) if index == UNKNOWN else index, len(control))
+    found = project_floats(control.tolist(), radius, torch.finfo(control.dtype).eps)
     moving = found.moving if learns else []
     active = moving
     if len(moving) < len(found.ratios):
         active = [k for k, value in enumerate(found.ratios) if value != 0 or k in moving]
-    return Ratios(found.ratios, active, moving, found.pull_back)
+    again = partial(_sparsestmax_again, radius)
+    return Ratios(found.ratios, active, moving, found.pull_back, again=again)
+
+
+def _sparsestmax_again(radius: float, control: Tensor) -> Tensor:
+    return SparsestMaxFunction.apply(control, control.new_tensor(radius))
 
 
 def _softmax(z: list[float]) -> list[float]:

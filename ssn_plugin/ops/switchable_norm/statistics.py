@@ -34,6 +34,20 @@ class Moments(NamedTuple):
     var: Tensor | None
 
 
+class BatchStatistics(NamedTuple):
+    """What 'BN' does with running statistics; without either it takes those of the batch alone.
+
+    Attributes:
+        tracked: Running statistics, (C,) each, that are updated in place by those of the batch.
+        given: Running statistics, (C,) each, that stand for those of the batch.
+        momentum: Weight of the new value for ``tracked``, a number or a 0-d tensor.
+    """
+
+    tracked: Moments | None = None
+    given: Moments | None = None
+    momentum: float | Tensor = 0.0
+
+
 class Mixed(NamedTuple):
     """Mixed statistics and, for every candidate, what they were mixed from.
 
@@ -138,23 +152,18 @@ def _sum(terms: list[tuple], rows: Tensor, start: float = 0.0) -> Tensor:
 
 def _dot(first: Tensor | None, second: Tensor, ratio: float | Tensor, factor: float):
     """Inner product times ``factor``: a number where ratios are numbers, else a 0-d tensor."""
+    as_number = isinstance(ratio, float)
     if first is None:
-        return 0.0 if isinstance(ratio, float) else second.new_zeros(())
-    first, second = first.reshape(-1), second.reshape(-1)
-    on_host = isinstance(ratio, float)
-    product = torch.dot(first, second).item() if on_host else None
-    if not on_host or product != product:
-        # A variance that overflowed meets gradients of zero: no NaN unless there is one already.
-        product = torch.dot(first.clamp(max=torch.finfo(first.dtype).max), second)
-        product = product.item() if on_host else product
-    return product * factor
+        return 0.0 if as_number else second.new_zeros(())
+    product = torch.dot(first.reshape(-1), second.reshape(-1))
+    return (product.item() if as_number else product) * factor
 
 
 def mix_statistics(
     rows: Moments,
     mean_ratios: Ratios,
     var_ratios: Ratios,
-    running: Moments | None,
+    given: Moments | None,
     settings: Settings,
     batch_too: bool = False,
 ) -> Mixed:
@@ -165,7 +174,7 @@ def mix_statistics(
             variance zero or no candidate of ``var_ratios`` comes from rows.
         mean_ratios: Importance ratios of the means.
         var_ratios: Importance ratios of the variances.
-        running: Statistics that stand for those of 'BN', (C,).
+        given: Statistics that stand for those of 'BN', (C,).
         settings: Of the layer.
         batch_too: Whether those of 'BN' are wanted although it may take no part.
     """
@@ -176,9 +185,9 @@ def mix_statistics(
         size, deviation, total = 1, None, None
         if name == 'IN':
             total = rows.var if in_var else None
-        elif name == 'BN' and running is not None:
-            deviation = rows.mean - running.mean if in_mean else None
-            total = running.var if in_var else None
+        elif name == 'BN' and given is not None:
+            deviation = rows.mean - given.mean if in_mean else None
+            total = given.var if in_var else None
         elif in_mean or in_var:
             size = pool_size(name, rows.mean.shape, settings.num_groups)
             pooled = pool_total(rows.mean, name, settings.num_groups)
@@ -254,13 +263,13 @@ def row_gradients(
     offset_terms, slope_terms, products = [], [], []
     dmean, dvar = {}, {}
     for k, name in enumerate(settings.normalizers):
-        given = constant and name == 'BN'
-        varies = not given or shared is not None
-        size = 1 if given else pool_size(name, shape, settings.num_groups)
-        weight = -1.0 if given else -1 / (size * length)
+        stands_in = constant and name == 'BN'
+        varies = not stands_in or shared is not None
+        size = 1 if stands_in else pool_size(name, shape, settings.num_groups)
+        weight = -1.0 if stands_in else -1 / (size * length)
         ratio = mean_ratios.values[k]
         if k in mean_ratios.active and varies:
-            total = shared.mean if given else pool_total(grad_mean, name, settings.num_groups)
+            total = shared.mean if stands_in else pool_total(grad_mean, name, settings.num_groups)
             offset_terms.append((ratio, weight, total))
         if k in mean_ratios.moving:
             dmean[k] = _dot(mixed.deviations[k], grad_mean, ratio, 1.0)
@@ -268,7 +277,7 @@ def row_gradients(
         if k in var_ratios.active:
             pooled = pool_total(grad_var, name, settings.num_groups)
             if varies:
-                slope_terms.append((ratio, weight, shared.var if given else pooled))
+                slope_terms.append((ratio, weight, shared.var if stands_in else pooled))
                 if mixed.deviations[k] is not None:
                     products.append((*slope_terms[-1], mixed.deviations[k]))
             if k in var_ratios.moving:

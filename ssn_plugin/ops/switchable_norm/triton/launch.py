@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ssn_plugin.errors import in_one_line
 from ssn_plugin.ops.sparsestmax import _MAX_AMPLIFICATION, _RADIUS_TOLERANCE, circumradius
+from ssn_plugin.torch_versions import is_compiling
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KINDS = {'IN': 0, 'LN': 1, 'BN': 2, 'GN': 3}
@@ -74,7 +75,7 @@ def supports(x: Tensor) -> bool:
     """
     if not (_INSTALLED and x.is_cuda and x.dtype in _DTYPES):
         return False
-    if not torch.compiler.is_compiling() and _is_recorded(x):
+    if not is_compiling() and _is_recorded(x):
         return False
     return _device_is_supported(x.device.index)
 
