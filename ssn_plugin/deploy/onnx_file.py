@@ -156,7 +156,7 @@ def _group_norm(
 ) -> Tensor:
     name = {1: 'LN', x.shape[1]: 'IN'}.get(num_groups, 'GN')
     settings = Settings((name,), num_groups, 0, eps)
-    return switchable_norm(x, [1.0], [1.0], weight, bias, None, None, settings)
+    return switchable_norm(x, [1.0], [1.0], weight, bias, None, settings)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssn_plugin.functional import check_radius
 from ssn_plugin.layers.switchable import SwitchableNorm
+from ssn_plugin.ops.sparsestmax import is_one_hot_radius
 from ssn_plugin.ops.switchable_norm.ratios import (
     UNKNOWN,
     Choices,
@@ -128,7 +129,7 @@ class SSN(SwitchableNorm):
             # the control parameters says it, as in the released files.
             choice = torch.tensor(UNKNOWN, device=device)
             self.register_buffer(f'{name}_choice', choice, persistent=False)
-        self.learn_choices()
+        self.learn_choices((None, None))
 
     def _selection(self) -> Selection:
         buffers = self._buffers
@@ -187,6 +188,10 @@ class SSN(SwitchableNorm):
     def selected(self) -> tuple[str | None, str | None]:
         """Normalizers that the mean and the variance selected; None where undecided."""
         choices = self.known_choices() or self._read_choices()
+        if None in choices and is_one_hot_radius(self.radius.item(), len(self.normalizers)):
+            # Set by the constructor or by a file; the next set_radius raises the flags.
+            found = [ratios.argmax().item() for ratios in (self.mean_ratios, self.var_ratios)]
+            choices = [k if j is None else j for j, k in zip(choices, found, strict=True)]
         return tuple(None if k is None else self.normalizers[k] for k in choices)
 
     def _uses_batch(self) -> bool:
@@ -202,7 +207,7 @@ class SSN(SwitchableNorm):
         for name in ('mean', 'var'):
             getattr(self, f'{name}_fixed').zero_()
             getattr(self, f'{name}_choice').fill_(UNKNOWN)
-        self.learn_choices()
+        self.learn_choices((None, None))
 
     @torch.no_grad()
     def select(self, mean: str | None = None, var: str | None = None) -> None:

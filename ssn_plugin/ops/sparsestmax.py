@@ -41,6 +41,11 @@ def circumradius(num_candidates: int) -> float:
     return math.sqrt((num_candidates - 1) / num_candidates)
 
 
+def is_one_hot_radius(radius: float, num_candidates: int) -> bool:
+    """Whether SparsestMax of any vector is one-hot at this radius."""
+    return radius >= circumradius(num_candidates) * (1 - _RADIUS_TOLERANCE)
+
+
 def _project_on_simplex(gaps: Tensor, inside: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Sparsemax of sorted vectors, and its support size, from the gaps to the largest entry."""
     sums = (gaps.unsqueeze(-2) * inside).sum(-1)
@@ -260,7 +265,7 @@ def project_floats(z: list[float], radius: float, precision: float) -> Projectio
         gaps = [max(gap, _LOWEST) for gap in gaps]
         mean = sum(gaps) / size
     limit = circumradius(size)
-    if radius >= limit * (1 - _RADIUS_TOLERANCE):
+    if is_one_hot_radius(radius, size):
         return _face_point(z, gaps, limit, precision, one_hot=True)
 
     # Where all ratios are positive, as for most of a training, neither order nor faces matter.

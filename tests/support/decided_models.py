@@ -62,8 +62,7 @@ def decided_model(config: Config, seed: int = 0) -> nn.Module:
         if isinstance(layer, SSN):
             with torch.no_grad():
                 randomize_affine_and_running(layer)
-            for name in ('mean', 'var'):
-                layer.freeze(name, chosen.randrange(len(layer.normalizers)))
+            layer.select(chosen.choice(layer.normalizers), chosen.choice(layer.normalizers))
     model.train()
     with torch.no_grad():
         for _ in range(3):

@@ -27,8 +27,7 @@ class Net(BaseModel):
 
 def decided(mean: str, var: str, **settings) -> SSN:
     layer = SSN(4, **settings)
-    layer.freeze('mean', layer.normalizers.index(mean))
-    layer.freeze('var', layer.normalizers.index(var))
+    layer.select(mean, var)
     return layer
 
 

@@ -11,11 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssn_plugin import SSN, set_radius
-from ssn_plugin.layers.frozen import known_choices
 from ssn_plugin.layers.radius import copy_selection
 from ssn_plugin.ops import reference
-from ssn_plugin.ops.switchable_norm import aten as switchable_norm_eager
-from ssn_plugin.ops.switchable_norm import ratios as ratio_maps
+from ssn_plugin.ops.switchable_norm import aten, ratios
 
 NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
 CHANNELS, GROUPS = 6, 3
@@ -71,12 +69,15 @@ def expected_results(layer: SSN, x: torch.Tensor, dy: torch.Tensor) -> dict[str,
     x = x.detach().requires_grad_()
     parameters = {name: p.detach().requires_grad_() for name, p in layer.named_parameters()}
     control = parameters['mean_weight'], parameters['var_weight']
+    one_hot = layer.mean_ratios, layer.var_ratios
     running = (None, None) if layer.training else (layer.running_mean, layer.running_var)
     y = reference.switchable_norm(
         x,
         *(
-            (z.detach() if fixed else reference.sparsestmax(z, layer.radius.item())) + 0 * z
-            for z, fixed in zip(control, (layer.mean_fixed, layer.var_fixed), strict=True)
+            (p if fixed else reference.sparsestmax(z, layer.radius.item())) + 0 * z
+            for z, p, fixed in zip(
+                control, one_hot, (layer.mean_fixed, layer.var_fixed), strict=True
+            )
         ),
         parameters.get('weight'),
         parameters.get('bias'),
@@ -127,7 +128,7 @@ def test_every_pair_of_choices_equals_the_formulas(correction, training, memory_
 @pytest.mark.parametrize('mean', NORMALIZERS)
 def test_half_decided_equals_the_formulas(mean, little, correction, training, monkeypatch):
     if little:
-        monkeypatch.setattr(switchable_norm_eager, '_SMALL', 0)
+        monkeypatch.setattr(aten, '_SMALL', 0)
     for shape, memory_format in itertools.product(SHAPES, FORMATS):
         layer = layer_on(mean, None, correction).train(training)
         x, dy = image(shape, memory_format), image(shape, memory_format)
@@ -145,7 +146,7 @@ def test_half_decided_equals_the_formulas(mean, little, correction, training, mo
 def test_every_pair_in_other_precisions(affine, memory_format, dtype, little, monkeypatch):
     # Statistics in float32 whatever x is in; the only other rounding is that of x, y and dx.
     if little:
-        monkeypatch.setattr(switchable_norm_eager, '_SMALL', 0)
+        monkeypatch.setattr(aten, '_SMALL', 0)
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
     for mean, var in itertools.product(NORMALIZERS, repeat=2):
         for correction, training in ((0, True), (1, True), (0, False)):
@@ -245,7 +246,7 @@ class Operators(TorchDispatchMode):
 
 def operators(monkeypatch, layer: SSN, x: torch.Tensor) -> list:
     """Names and shapes of what runs, on the routes of a host that may look."""
-    monkeypatch.setattr(ratio_maps, '_get_current_dispatch_mode', lambda: None)
+    monkeypatch.setattr(ratios, '_get_current_dispatch_mode', lambda: None)
     with torch.no_grad(), Operators() as record:
         layer(x)
     return record.calls
@@ -317,8 +318,8 @@ def test_running_statistics_go_on_while_one_is_undecided_or_one_hot_but_not_froz
 @pytest.fixture
 def elsewhere(monkeypatch):
     """As on a device whose values the host may not read."""
-    monkeypatch.setattr(ratio_maps, 'readable', lambda *tensors: False)
-    monkeypatch.setattr(switchable_norm_eager, 'readable', lambda *tensors: False)
+    monkeypatch.setattr(ratios, 'readable', lambda *tensors: False)
+    monkeypatch.setattr(aten, 'readable', lambda *tensors: False)
 
 
 def undecided() -> SSN:
@@ -361,9 +362,9 @@ def copied(source: SSN, target: SSN) -> SSN:
 
 
 @pytest.mark.parametrize(('make', 'known'), KNOWN.values(), ids=KNOWN)
-def test_the_host_knows_what_is_frozen(make, known, elsewhere):
+def test_what_is_decided_is_known(make, known, elsewhere):
     layer = make()
-    assert known_choices(layer) == known
+    assert layer.known_choices() == known
     names = [None if k is None else NORMALIZERS[k] for k in known]
     fixed = [bool(flag) for flag in (layer.mean_fixed, layer.var_fixed)]
     assert fixed == [k is not None for k in known]
@@ -386,7 +387,7 @@ WRITES = {
 def test_who_writes_to_the_flags_is_noticed(write, elsewhere):
     layer = layer_on('LN', 'GN')
     write(layer)
-    assert known_choices(layer) == (None, None)
+    assert layer.known_choices() is None
     x = image(SHAPES[0])
     y = layer(x)
     p, q = layer.mean_ratios, layer.var_ratios
@@ -396,7 +397,7 @@ def test_who_writes_to_the_flags_is_noticed(write, elsewhere):
     torch.testing.assert_close(y, expected)
     set_radius(layer, 0.3)  # knows again what is frozen now
     fixed = [bool(flag) for flag in (layer.mean_fixed, layer.var_fixed)]
-    assert [k is not None for k in known_choices(layer)] == fixed
+    assert [k is not None for k in layer.known_choices()] == fixed
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -405,7 +406,7 @@ def test_setting_the_radius_twice_changes_nothing_that_is_known():
     before = layer.mean_fixed._version, layer.mean_choice._version
     for radius in (0.0, 0.5, 1.0):
         set_radius(layer, radius)
-        assert known_choices(layer) == (1, 3)
+        assert layer.known_choices() == (1, 3)
     assert (layer.mean_fixed._version, layer.mean_choice._version) == before
 
 
@@ -416,7 +417,7 @@ def test_elsewhere_gives_the_same(training, var, monkeypatch):
     again = copy.deepcopy(layer)
     x, dy = image(SHAPES[0]), image(SHAPES[0])
     expected = results(layer, x, dy)
-    monkeypatch.setattr(ratio_maps, 'readable', lambda *tensors: False)
-    monkeypatch.setattr(switchable_norm_eager, 'readable', lambda *tensors: False)
+    monkeypatch.setattr(ratios, 'readable', lambda *tensors: False)
+    monkeypatch.setattr(aten, 'readable', lambda *tensors: False)
     assert_close(results(again, x, dy), expected, rtol=1e-6, atol=1e-7)
     assert_close(dict(again.named_buffers()), dict(layer.named_buffers()))

@@ -140,8 +140,8 @@ def test_copies_are_frozen_on_their_own(how):
     optimizer = torch.optim.SGD(frozen.parameters(), lr=1.0, weight_decay=0.5)
     frozen(torch.randn(2, CHANNELS, 4, 4)).sum().backward()
     optimizer.step()
-    assert frozen.mean_weight.tolist() == [0, 1, 0]
-    assert frozen.var_weight.tolist() == [1, 0, 0]
+    assert frozen.mean_ratios.tolist() == [0, 1, 0]
+    assert frozen.var_ratios.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize('state', STATES)

@@ -70,7 +70,6 @@ def test_bad_radius_changes_nothing(radius):
 
 @pytest.mark.parametrize('radius', [0.7, 0.72, 0.82, 0.87, 1.0, math.inf])
 def test_models_of_several_candidate_counts_and_precisions(radius):
-    # On one device, so projected together: counts apart, precisions joined.
     model = nn.ModuleList(
         ssn(size).to(dtype)
         for size in (2, 3, 4)
@@ -85,7 +84,7 @@ def test_models_of_several_candidate_counts_and_precisions(radius):
         assert list(layer.selected) == expected
         if frozen:
             one_hot = [1.0] + [0.0] * (size - 1)
-            assert layer.mean_weight.tolist() == layer.var_weight.tolist() == one_hot
+            assert layer.mean_ratios.tolist() == layer.var_ratios.tolist() == one_hot
     assert undecided_layers(model) == [
         str(index)
         for index, layer in enumerate(model)
@@ -109,7 +108,7 @@ def test_initial_layer_selects_bn():
     assert layer.mean_ratios.argmax() == 2
     set_radius(layer, 1.0)
     assert layer.selected == ('BN', 'BN')
-    assert layer.mean_weight.tolist() == [0, 0, 1]
+    assert layer.state_dict()['mean_weight'].tolist() == [0, 0, 1]
 
 
 def test_mean_and_variance_freeze_independently():
@@ -120,7 +119,7 @@ def test_mean_and_variance_freeze_independently():
             getattr(layer, f'{first}_weight')[1] = 2
         set_radius(layer, 0.0)
         assert getattr(layer, f'{first}_fixed') == 1
-        assert getattr(layer, f'{first}_weight').tolist() == [0, 1, 0]
+        assert getattr(layer, f'{first}_ratios').tolist() == [0, 1, 0]
         assert getattr(layer, f'{second}_fixed') == 0
         torch.testing.assert_close(
             getattr(layer, f'{second}_weight'), torch.tensor([3e-3, 2e-3, 1e-3])
@@ -149,7 +148,7 @@ def test_frozen_vector_is_exactly_one_hot(gap):
             layer.mean_weight.copy_(torch.tensor([0.0, -gap, -5.0], dtype=torch.float64))
         set_radius(layer, radius)
         if layer.mean_fixed:
-            assert layer.mean_weight.tolist() == layer.mean_ratios.tolist() == [1, 0, 0]
+            assert layer.mean_ratios.tolist() == [1, 0, 0]
         else:
             assert layer.selected[0] is None
 
@@ -160,12 +159,12 @@ def test_frozen_vector_of_a_half_precision_layer_is_exactly_one_hot(dtype):
     for radius in (0.8, 0.815, 0.816, 0.8164, 0.82):
         layer = ssn().to(dtype)
         set_radius(layer, radius)
-        for ratios, parameter, flag in (
-            (layer.mean_ratios, layer.mean_weight, layer.mean_fixed),
-            (layer.var_ratios, layer.var_weight, layer.var_fixed),
+        for ratios, flag in (
+            (layer.mean_ratios, layer.mean_fixed),
+            (layer.var_ratios, layer.var_fixed),
         ):
             if flag:
-                assert ratios.tolist() == parameter.tolist() == [1, 0, 0]
+                assert ratios.tolist() == [1, 0, 0]
             else:
                 assert ratios.max() < 1
     assert layer.mean_fixed == 1

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from ssn_plugin import SN, SSN, SyncSSN, set_radius
-from ssn_plugin.layers import small_batch
+from ssn_plugin.layers import switchable
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(small_batch, '_warned', False)
+    monkeypatch.setattr(switchable, '_warned', False)
 
 
 def told(layer: nn.Module, num: int = 1) -> list[str]:

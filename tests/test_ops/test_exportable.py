@@ -5,7 +5,7 @@ import torch
 
 from ssn_plugin.ops import reference
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm
-from ssn_plugin.ops.switchable_norm.statistics import Settings
+from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
 
 NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
 CHANNELS, GROUPS = 6, 3
@@ -30,7 +30,8 @@ def test_equals_the_formulas(shape, ratios, correction, tracks):
     var = torch.rand(CHANNELS, dtype=torch.float64) + 0.5
     running = (mean, var) if tracks else (None, None)
     settings = Settings(NORMALIZERS, GROUPS, correction, 1e-3)
-    y = switchable_norm(x, *RATIOS[ratios], weight, bias, *running, settings)
+    given = Moments(*running) if running[0] is not None else None
+    y = switchable_norm(x, *RATIOS[ratios], weight, bias, given, settings)
     expected = reference.switchable_norm(
         x,
         *map(x.new_tensor, RATIOS[ratios]),
@@ -49,7 +50,7 @@ def test_equals_the_formulas(shape, ratios, correction, tracks):
 def test_half_precision_is_computed_in_float32(dtype, tolerance):
     x = (torch.randn(2, CHANNELS, 5, 7) + 30).to(dtype)
     settings = Settings(NORMALIZERS, GROUPS, 0, 1e-5)
-    arguments = (*RATIOS['mixture'], None, None, None, None, settings)
+    arguments = (*RATIOS['mixture'], None, None, None, settings)
     y = switchable_norm(x, *arguments)
     assert y.dtype == dtype
     expected = switchable_norm(x.float(), *arguments)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssn_plugin import sparsestmax, switchable_norm
 from ssn_plugin.ops import reference
-from ssn_plugin.ops.switchable_norm import aten as switchable_norm_eager
+from ssn_plugin.ops.switchable_norm import aten
 from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
 
 THREE = ('IN', 'LN', 'BN')
@@ -94,9 +94,9 @@ def assert_equals_reference(arguments, rtol=1e-7, atol=1e-9, running=(None, None
 def size_class(request, monkeypatch):
     """Makes small inputs go the ways of large ones."""
     if request.param != 'small':
-        monkeypatch.setattr(switchable_norm_eager, '_MANY', 0)
+        monkeypatch.setattr(aten, '_MANY', 0)
     if 'little' in request.param:
-        monkeypatch.setattr(switchable_norm_eager, '_SMALL', 0)
+        monkeypatch.setattr(aten, '_SMALL', 0)
     return request.param
 
 
@@ -446,13 +446,18 @@ def test_shapes_are_known_on_the_meta_device():
     assert switchable_norm(x, p, p).shape == x.shape
 
 
-def test_only_first_derivatives():
-    arguments = [a.requires_grad_() for a in inputs((2, 6, 3, 3))]
-    (dx,) = torch.autograd.grad(
-        switchable_norm(*arguments).square().sum(), arguments[0], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        dx.sum().backward()
+@pytest.mark.parametrize('running', [False, True])
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize('shape', [(3, 6), (2, 6, 3), (2, 6, 2, 3)], ids=str)
+def test_second_derivatives(shape, correction, running):
+    x, p, q, weight, bias = (a.double().detach() for a in inputs(shape))
+    statistics = (torch.randn(6).double(), torch.rand(6).double() + 0.5) if running else ()
+    inputs_ = [a.requires_grad_() for a in (x, p, q, weight, bias)]
+
+    def layer(*tensors):
+        return switchable_norm(*tensors, *statistics, training=not running, correction=correction)
+
+    assert torch.autograd.gradgradcheck(layer, inputs_)
 
 
 @pytest.mark.parametrize('normalizer', NORMALIZERS)

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from ssn_plugin.ops.sparsestmax import SparsestMaxFunction, circumradius
-from ssn_plugin.ops.sparsestmax_floats import sparsestmax
+from ssn_plugin.ops.sparsestmax import SparsestMaxFunction, circumradius, project_floats
 
 SIZES = (2, 3, 4, 5)
 DOUBLE = torch.finfo(torch.float64).eps
@@ -24,7 +23,7 @@ def on_tensors(z: list[float], radius: float) -> tuple[torch.Tensor, torch.Tenso
 
 
 def on_floats(z: list[float], radius: float) -> tuple[torch.Tensor, torch.Tensor]:
-    found = sparsestmax(z, radius, DOUBLE)
+    found = project_floats(z, radius, DOUBLE)
     rows = [found.pull_back(row) for row in torch.eye(len(z)).tolist()]
     return tuple(torch.tensor(value, dtype=torch.float64) for value in (found.ratios, rows))
 
@@ -51,7 +50,7 @@ def test_a_common_offset_changes_nothing(offset):
         z = [float(offset + k / 1024) for k in torch.randint(-512, 512, (3,)).tolist()]
         radius = torch.empty(()).uniform_(0, 0.8).item()
         assert_agrees(z, radius)
-        assert sparsestmax(z, radius, DOUBLE) == sparsestmax(
+        assert project_floats(z, radius, DOUBLE) == project_floats(
             [value - offset for value in z], radius, DOUBLE
         )
 
@@ -82,7 +81,7 @@ def test_from_the_circumradius_on_exactly_one_hot(size, precision):
     for radius in (limit, torch.tensor(limit).item(), 1.0, math.inf):
         for _ in range(20):
             z = (torch.randn(size, dtype=torch.float64) * 1e-3).tolist()
-            found = sparsestmax(z, radius, precision)
+            found = project_floats(z, radius, precision)
             assert sorted(found.ratios) == [0.0] * (size - 1) + [1.0]
             assert found.ratios[z.index(max(z))] == 1
             assert found.moving == []
@@ -94,7 +93,7 @@ def test_what_rounds_to_one_is_one_hot(size):
     # In the precision of the control parameters, as a flag is set by that one being 1.
     for shortfall in (0, 1e-9, 2.0**-26, 2.0**-25, 2.0**-24, 1e-6):
         z = [0.0] + [-1.0 + shortfall] * (size - 1)
-        found = sparsestmax(z, 0.0, SINGLE)
+        found = project_floats(z, 0.0, SINGLE)
         rounded = torch.tensor(on_tensors(z, 0.0)[0].tolist(), dtype=torch.float32)
         one_hot = rounded.max() == 1
         assert (1.0 in found.ratios) == one_hot
@@ -106,10 +105,10 @@ def test_what_rounds_to_one_is_one_hot(size):
 
 def test_ratios_that_do_not_move():
     # Two on a binding circle, a vertex; three on a circle move, and so do two off it.
-    assert sparsestmax([0.6, 0.4, -0.3], 0.5, DOUBLE).moving == []
-    assert sparsestmax([3.0, 1.0, 0.0], 0.0, DOUBLE).moving == []
-    assert sorted(sparsestmax([0.1, 0.0, -0.1], 0.3, DOUBLE).moving) == [0, 1, 2]
-    assert sorted(sparsestmax([0.6, 0.4, -0.3], 0.0, DOUBLE).moving) == [0, 1]
+    assert project_floats([0.6, 0.4, -0.3], 0.5, DOUBLE).moving == []
+    assert project_floats([3.0, 1.0, 0.0], 0.0, DOUBLE).moving == []
+    assert sorted(project_floats([0.1, 0.0, -0.1], 0.3, DOUBLE).moving) == [0, 1, 2]
+    assert sorted(project_floats([0.6, 0.4, -0.3], 0.0, DOUBLE).moving) == [0, 1]
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
@@ -118,19 +117,19 @@ def test_ratios_that_do_not_move():
 def test_nan_and_inf_make_nan(radius, place, bad):
     z = [0.1, 0.2, 0.3]
     z[place] = bad
-    found = sparsestmax(z, radius, SINGLE)
+    found = project_floats(z, radius, SINGLE)
     assert all(map(math.isnan, found.ratios))
     assert all(map(math.isnan, found.pull_back([1.0, 2.0, 3.0])))
 
 
 def test_a_radius_of_nan_makes_nan():
-    assert all(map(math.isnan, sparsestmax([0.1, 0.2], math.nan, SINGLE).ratios))
+    assert all(map(math.isnan, project_floats([0.1, 0.2], math.nan, SINGLE).ratios))
 
 
 def test_largest_finite_entries_do_not_overflow():
     largest = torch.finfo(torch.float64).max
     for radius in (0.0, 0.5, 1.0):
-        assert sparsestmax([largest, -largest, 0.0], radius, DOUBLE).ratios == [1, 0, 0]
-        found = sparsestmax([largest, largest, -largest], radius, DOUBLE)
+        assert project_floats([largest, -largest, 0.0], radius, DOUBLE).ratios == [1, 0, 0]
+        found = project_floats([largest, largest, -largest], radius, DOUBLE)
         assert found.ratios[2] == 0
         assert sum(found.ratios) == pytest.approx(1)
