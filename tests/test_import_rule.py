@@ -87,7 +87,7 @@ def test_imports(path):
 
 def test_the_scan_sees_imports():
     # Or the test above would pass on anything.
-    assert first_party(PACKAGE / 'layers' / 'ssn.py') == {'ops', 'functional', 'layers'}
+    assert first_party(PACKAGE / 'layers' / 'ssn.py') >= {'ops', 'functional', 'layers'}
     assert third_party(PACKAGE / 'layers' / 'ssn.py') == {'torch'}
     assert 'mmengine' in third_party(PACKAGE / 'engine' / 'registration.py')
     assert {part_of(path) for path in FILES} >= {'ops', 'functional', 'layers', 'models', 'engine'}

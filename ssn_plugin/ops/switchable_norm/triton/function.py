@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ssn_plugin.ops.switchable_norm.statistics import Settings
+from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients
+from ssn_plugin.ops.switchable_norm.ratios import Choices, Control, Selection, ratio_tensors
+from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
 from ssn_plugin.ops.switchable_norm.triton import launch as triton
 from ssn_plugin.torch_versions import is_compiling
 
@@ -46,8 +47,8 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,
-        mean_control: Tensor,
-        var_control: Tensor,
+        mean_control: Tensor | None,
+        var_control: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         running_mean: Tensor | None,
@@ -55,8 +56,8 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         training: bool,
         momentum: float | Tensor,
         ratio_map: str,
-        selection: tuple[Tensor, ...] | None,
-        selected: tuple[int | None, int | None],
+        selection: Selection | None,
+        selected: Choices,
         settings: Settings,
     ) -> Tensor:
         """Normalise.
@@ -64,7 +65,8 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         Args:
             ctx: Autograd context.
             x: Shape (N, C, ...), not empty.
-            mean_control: Control parameters of the means, or their ratios, shape (K,).
+            mean_control: Control parameters of the means, or their ratios, shape (K,). None where
+                both choices are known.
             var_control: The same of the variances.
             weight: Shape (C,) or None.
             bias: Shape (C,) or None.
@@ -73,18 +75,22 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
             training: Whether 'BN' uses the statistics of the batch.
             momentum: Weight of the new value.
             ratio_map: 'sparsestmax', 'softmax', or 'given' for ratios.
-            selection: The tensors of a ``Selection``, or None.
-            selected: Candidates that the host knows to be frozen.
+            selection: What SparsestMax needs; None for the other maps.
+            selected: The choices that are known without reading a tensor.
             settings: What else the layer is.
 
         Returns:
             y in the dtype and memory format of x.
         """
+        controls = (mean_control, var_control)
+        if mean_control is None:
+            # Nothing of it is read.
+            empty = x.new_empty(len(settings.normalizers), dtype=torch.float32)
+            controls = (empty, empty)
         y, saved = _forward(
             momentum,
             x,
-            mean_control,
-            var_control,
+            *controls,
             ratio_map,
             *(selection or (None,) * 5),
             weight,
@@ -95,14 +101,21 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
             settings,
             selected,
         )
-        ctx.save_for_backward(x, mean_control, var_control, weight, saved)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.constant = running_mean is not None and not training
+        given = (running_mean, running_var) if ctx.constant else (None, None)
+        # Control parameters of a decided statistic are not read, so whoever writes to them between
+        # forward and backward does no harm.
+        controls = [
+            control if choice is None else None
+            for control, choice in zip((mean_control, var_control), selected, strict=True)
+        ]
+        ctx.save_for_backward(x, *controls, weight, saved, *given)
+        ctx.dtypes = [None if t is None else t.dtype for t in (mean_control, var_control, bias)]
         ctx.ratio_map, ctx.selected, ctx.settings = ratio_map, selected, settings
+        ctx.selection = selection
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, both control parameters, weight and bias.
 
@@ -113,16 +126,51 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         Returns:
             One entry per argument of the forward pass.
         """
-        x, mean_control, var_control, weight, saved = ctx.saved_tensors
+        if torch.is_grad_enabled() and not is_compiling():
+            return _gradients_to_differentiate(ctx, dy)
+        x, _, _, weight, saved, *_ = ctx.saved_tensors
         needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dx, dmean, dvar, dweight, dbias = _backward(
             dy, x, saved, weight, ctx, [needs_dx, needs_mean or needs_var, needs_bias, needs_weight]
         )
+        of_mean, of_var, of_bias = ctx.dtypes
         return (
             dx if needs_dx else None,
-            dmean.to(mean_control.dtype) if needs_mean else None,
-            dvar.to(var_control.dtype) if needs_var else None,
+            dmean.to(of_mean) if needs_mean else None,
+            dvar.to(of_var) if needs_var else None,
             dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(ctx.bias_dtype) if needs_bias else None,
+            dbias.to(of_bias) if needs_bias else None,
             *(None,) * 8,
         )
+
+
+def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The same by plain operators, for ``create_graph=True``."""
+    x, mean_control, var_control, weight, _, *given = ctx.saved_tensors
+    size = len(ctx.settings.normalizers)
+    values = [
+        None if choice is None else [float(k == choice) for k in range(size)]
+        for choice in ctx.selected
+    ]
+    if None in values:
+        # A decided statistic beside an undecided one: any vector stands for its parameters.
+        filler = torch.zeros(size, device=x.device)
+        controls = [filler if c is None else c for c in (mean_control, var_control)]
+        tensors = ratio_tensors(Control(*controls, ctx.ratio_map, ctx.selection))
+        values = [v or t.unbind() for v, t in zip(values, tensors, strict=True)]
+    dx, dmean, dvar, dweight, dbias = differentiable_gradients(
+        dy,
+        x,
+        (mean_control, var_control),
+        tuple(values),
+        weight,
+        Moments(*given) if ctx.constant else None,
+        ctx.settings,
+        ctx.needs_input_grad[:5],
+    )
+    gradients = [dmean, dvar]
+    for index, dtype in enumerate(ctx.dtypes[:2]):
+        if ctx.needs_input_grad[1 + index] and gradients[index] is None:
+            gradients[index] = torch.zeros(size, dtype=dtype, device=x.device)
+    dbias = None if dbias is None else dbias.to(ctx.dtypes[2])
+    return dx, *gradients, dweight, dbias, *(None,) * 8
