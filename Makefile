@@ -4,13 +4,13 @@
 #   make test-pretrain SSN_IMAGEFOLDER=FOLDER   train on FOLDER/{train,val}/CLASS/*
 PYTHON ?= python3
 FAMILY ?= onedl
-VENV ?= $(if $(filter original,$(FAMILY)),.venv-original,.venv)
+VENV ?= .venv$(patsubst %,-%,$(filter-out onedl,$(FAMILY)))
 RUN := $(VENV)/bin/python
 
 export PIP_REQUIRE_VIRTUALENV := 1
 export PYTHONNOUSERSITE := 1
 
-.PHONY: help setup demo demo-seg test test-fast test-pretrain bench docs lint format clean
+.PHONY: help setup demo demo-seg test test-fast test-pretrain test-oldest bench docs lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -39,6 +39,11 @@ test-pretrain:  ## set up mmpretrain in .venv-pretrain and test pre-training, wi
 	@$(PYTHON) tools/setup_env.py --family pretrain --extras demo test
 	.venv-pretrain/bin/python -m pytest tests/test_pretraining
 	.venv-pretrain/bin/python -m pytest tests/test_docstrings.py -k mmpretrain
+
+test-oldest:  ## torch 2.1, mmengine 0.10.7 and mmcv without ops, in .venv-oldest; what needs no more
+	@$(PYTHON) tools/setup_env.py --family oldest --extras demo test
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		-m 'not slow and not demo'
 
 bench: setup  ## the benchmarks of the CPU (10 minutes; leave the machine alone meanwhile)
 	$(RUN) benchmarks/layer.py

@@ -80,15 +80,22 @@ def test_old_interpreters_can_read_the_script():
     assert not any(isinstance(node, (ast.Subscript, ast.BinOp)) for node in annotations)
 
 
-@pytest.mark.parametrize('version', [(3, 8), (3, 9), (3, 14)])
-def test_python_of_the_wrong_version_is_refused(setup_env, version):
-    [problem] = setup_env.python_problems(version, '/usr/bin/python3')
-    assert problem == f'/usr/bin/python3 is Python 3.{version[1]}, expected 3.10 to 3.13'
+@pytest.mark.parametrize(
+    ('version', 'family', 'newest'),
+    [(8, 'onedl', 13), (9, 'onedl', 13), (14, 'onedl', 13), (12, 'original', 11)],
+)
+def test_python_of_the_wrong_version_is_refused(setup_env, version, family, newest):
+    [problem] = setup_env.python_problems((3, version), '/usr/bin/python3', family)
+    assert f'/usr/bin/python3 is Python 3.{version}, expected 3.10 to 3.{newest}' in problem
+    assert f'--family {family}' in problem
+    assert 'PYTHON=' in problem
 
 
-@pytest.mark.parametrize('version', [(3, 10), (3, 11), (3, 13)])
-def test_supported_python_is_accepted(setup_env, version):
-    assert setup_env.python_problems(version, 'python') == []
+@pytest.mark.parametrize(
+    ('version', 'family'), [(10, 'onedl'), (13, 'onedl'), (10, 'original'), (11, 'oldest')]
+)
+def test_supported_python_is_accepted(setup_env, version, family):
+    assert setup_env.python_problems((3, version), 'python', family) == []
 
 
 def test_missing_compiler_is_named_and_nothing_is_written(tmp_path):
@@ -155,6 +162,9 @@ def test_folder_that_is_no_environment_is_left_alone(tmp_path):
         ('onedl_mmengine-0.10.12', 'original'),
         ('mmengine-0.10.7', 'onedl'),
         ('mmengine-0.10.7', 'pretrain'),
+        ('onedl_mmengine-0.10.12', 'oldest'),
+        ('mmcv-2.1.0', 'oldest'),
+        ('mmcv_lite-2.1.0', 'original'),
         ('onedl_mmdetection-3.5.1', 'pretrain'),
     ],
 )
@@ -366,23 +376,52 @@ def test_unreachable_index_ends_in_one_clear_line(tmp_path):
     assert not (venv / 'setup.stamp').exists()
 
 
-def test_ops_that_do_not_work_are_built_again(setup_env, monkeypatch, tmp_path):
-    """The cached wheel is thrown away and mmcv alone installed anew, with its pin."""
-    calls = []
-    outcomes = iter([1, 0])  # broken after the install, whole after the repair
-    env = environment(setup_env, tmp_path, None)
-    monkeypatch.setattr(env, 'pip', lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(
-        setup_env,
-        'run_python',
-        lambda *arguments: subprocess.CompletedProcess(arguments, next(outcomes), '', ''),
-    )
+@pytest.fixture
+def calls(setup_env, monkeypatch):
+    """What would be asked of pip; a wheel that it builds is an empty file. The ops fail once."""
+    seen = []
+    outcomes = iter([1, 0])
+
+    def pip(environment, *arguments):
+        seen.append(arguments)
+        if arguments[0] == 'wheel':
+            folder = Path(arguments[arguments.index('--wheel-dir') + 1])
+            folder.mkdir(parents=True)
+            (folder / 'mmcv.whl').write_text('')
+
+    def run_python(venv, option, code):
+        asks_torch = 'torch.__version__' in code
+        return subprocess.CompletedProcess(
+            code, 0 if asks_torch else next(outcomes), '2.1.2+cu121 py311' * asks_torch, ''
+        )
+
+    monkeypatch.setattr(setup_env.Environment, 'pip', pip)
+    monkeypatch.setattr(setup_env, 'run_python', run_python)
+    return seen
+
+
+def test_ops_that_do_not_work_are_compiled_again(setup_env, calls, tmp_path):
+    """What pip has cached is thrown away, and what comes then is installed alone."""
+    setup_env.Environment(tmp_path / 'venv', 'original', [], None).install_family()
+    assert [call[0] for call in calls] == ['wheel', 'install', 'cache', 'wheel', 'install']
+    assert calls[2] == ('cache', 'remove', 'mmcv')
+    pins = (ROOT / 'requirements' / 'original.txt').read_text().split()
+    for call in (calls[0], calls[3]):
+        assert call[-1] in pins
+        assert {'--no-build-isolation', '--no-deps'} < set(call)
+    assert {'--force-reinstall', '--no-deps'} < set(calls[4])
+
+
+def test_compiled_mmcv_is_kept_beside_the_environment(setup_env, calls, tmp_path):
+    """A new environment with this torch and this Python finds the wheel and compiles nothing."""
+    wheels = tmp_path / '.venv-wheels' / 'mmcv-2.1.0-2.1.2+cu121-py311'
+    wheels.mkdir(parents=True)
+    (wheels / 'mmcv.whl').write_text('')
+    env = setup_env.Environment(tmp_path / 'venv', 'original', [], None)
     env.install_family()
-    pins = (ROOT / 'requirements' / 'onedl.txt').read_text()
-    assert calls[1] == ('cache', 'remove', 'onedl_mmcv')
-    assert calls[2][-1].startswith('onedl-mmcv==')
-    assert calls[2][-1] in pins
-    assert {'--force-reinstall', '--no-deps', '--no-build-isolation'} < set(calls[2])
+    assert calls[0][:4] == ('install', '--no-build-isolation', '--find-links', str(wheels))
+    assert env.wheels() == wheels  # it stands there after a rebuild, too
+    assert [path.name for path in wheels.parent.iterdir()] == [wheels.name]
 
 
 def test_mmcv_without_ops_never_meets_the_cache(setup_env, monkeypatch, tmp_path):
@@ -398,15 +437,29 @@ def test_mmcv_without_ops_never_meets_the_cache(setup_env, monkeypatch, tmp_path
     assert others == ('install', '-r', str(ROOT / 'requirements' / 'pretrain.txt'))
 
 
-def test_host_packages_of_the_families_agree(setup_env):
-    """One release of mmengine and mmcv serves detection, segmentation and pre-training."""
+def pins(name):
+    lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
+    return {line.split('==')[0]: line.split()[0] for line in lines if '==' in line}
 
-    def pins(name):
-        lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
-        return {line.split('==')[0]: line.split()[0] for line in lines if '==' in line}
 
-    onedl, pretrain = pins('onedl'), pins('pretrain')
-    assert {'onedl-mmengine', 'onedl-mmcv', 'numpy', 'opencv-python'} <= onedl.keys()
-    for name in onedl.keys() & pretrain.keys():
-        assert onedl[name] == pretrain[name]
-    assert set(setup_env.FAMILIES) == {'onedl', 'original', 'pretrain'}
+@pytest.mark.parametrize(
+    ('one', 'other', 'shared'),
+    [
+        ('onedl', 'pretrain', {'onedl-mmengine', 'onedl-mmcv', 'numpy', 'opencv-python'}),
+        ('original', 'oldest', {'mmengine', 'numpy', 'opencv-python'}),
+        ('original', 'torch2.1', {'numpy'}),
+    ],
+)
+def test_what_families_share_has_one_version(one, other, shared):
+    one, other = pins(one), pins(other)
+    assert one.keys() & other.keys() == shared
+    for name in shared:
+        assert one[name] == other[name]
+
+
+def test_extras_never_move_what_a_family_pins(setup_env, calls, tmp_path):
+    setup_env.Environment(tmp_path / 'venv', 'original', ['test', 'docs'], None).install_extras()
+    [call] = calls
+    assert call[:3] == ('install', '-c', 'requirements/original.txt')
+    assert 'requirements/docs.txt' in call
+    assert 'requirements/triton.txt' not in call  # torch 2.1 pins its own, an older one

@@ -2,7 +2,8 @@
 """Create the virtual environment of this repository and install everything into it.
 
     python3 tools/setup_env.py                      # .venv, the maintained onedl packages
-    python3 tools/setup_env.py --family original    # .venv-original, mmcv 2.1.0 and its kin
+    python3 tools/setup_env.py --family original    # .venv-original, mmcv 2.1.0 and its torch, 2.1
+    python3 tools/setup_env.py --family oldest      # .venv-oldest, the oldest without compiled ops
     python3 tools/setup_env.py --family pretrain    # .venv-pretrain, mmpretrain and torchvision
 
 It may be stopped at any moment and run again; when nothing changed it returns within a second.
@@ -43,13 +44,44 @@ ROOT = Path(__file__).resolve().parent.parent
 #   2.6 with the CUDA build of torch, 6.0 with torchvision and mmpretrain;
 # - the requirement file with its torch, the distribution that is its mmcv, and whether it needs
 #   mmcv's ops;
+# - the newest Python that all of it exists for;
+# - requirement files beside those of the extras;
 # - what has to be importable in the end, and the distributions that tell that an environment
 #   belongs to another family.
-Family = collections.namedtuple('Family', 'venv disk torch mmcv ops imports foreign')
+Family = collections.namedtuple('Family', 'venv disk torch mmcv ops python also imports foreign')
 FAMILIES = {
-    'onedl': Family('.venv', (6, 3), 'torch', 'onedl-mmcv', True, ['mmdet', 'mmseg'], ['mmengine']),
+    'onedl': Family(
+        '.venv',
+        (6, 3),
+        'torch',
+        'onedl-mmcv',
+        True,
+        (3, 13),
+        ['triton'],
+        ['mmdet', 'mmseg'],
+        ['mmengine'],
+    ),
     'original': Family(
-        '.venv-original', (6, 3), 'torch', 'mmcv', True, ['mmdet', 'mmseg'], ['onedl_mmengine']
+        '.venv-original',
+        (6, 3),
+        'torch2.1',
+        'mmcv',
+        True,
+        (3, 11),
+        [],
+        ['mmdet', 'mmseg'],
+        ['onedl_mmengine', 'mmcv_lite'],
+    ),
+    'oldest': Family(
+        '.venv-oldest',
+        (6, 3),
+        'torch2.1',
+        'mmcv-lite',
+        False,
+        (3, 11),
+        [],
+        ['mmengine'],
+        ['onedl_mmengine', 'mmcv'],
     ),
     'pretrain': Family(
         '.venv-pretrain',
@@ -57,6 +89,8 @@ FAMILIES = {
         'torchvision',
         'onedl-mmcv',
         False,
+        (3, 13),
+        [],
         ['mmpretrain', 'torchvision'],
         ['mmengine', 'onedl_mmdetection', 'onedl_mmsegmentation'],
     ),
@@ -64,7 +98,7 @@ FAMILIES = {
 DISK_CPU = (2, 1)  # measured 1.8 and 0.3 with the CPU build of torch
 
 EXTRAS = ['demo', 'deploy', 'test', 'docs', 'dev']
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)  # the pinned numpy has wheels for these
+OLDEST_PYTHON = (3, 10)
 STAMP, LOCK = 'setup.stamp', 'setup.lock'
 
 # mmcv installs without complaint when its ops were not compiled, or were compiled for another
@@ -141,12 +175,14 @@ def python_version(venv: Path) -> tuple:
     return tuple(int(number) for number in probe.stdout.split()) if probe.returncode == 0 else ()
 
 
-def python_problems(version: tuple, whose: str) -> list:
+def python_problems(version: tuple, whose: str, family: str) -> list:
     """Return what is wrong with an interpreter of this version."""
-    if OLDEST_PYTHON <= version <= NEWEST_PYTHON:
+    newest = FAMILIES[family].python
+    if OLDEST_PYTHON <= version <= newest:
         return []
-    expected = f'{OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} to {NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}'
-    return [f'{whose} is Python {version[0]}.{version[1]}, expected {expected}']
+    found, oldest, newest = ('.'.join(map(str, v)) for v in (version, OLDEST_PYTHON, newest))
+    remedy = f'--family {family}; name another interpreter with "make setup PYTHON=..."'
+    return [f'{whose} is Python {found}, expected {oldest} to {newest} for {remedy}']
 
 
 def venv_problems(venv: Path, family: str) -> list:
@@ -169,7 +205,7 @@ def venv_problems(venv: Path, family: str) -> list:
     for other in FAMILIES[family].foreign:
         if any(venv.glob(f'lib/python*/site-packages/{other}-*.dist-info')):
             return [f'{venv} holds another family ({other}): choose another --venv']
-    return python_problems(version, f'{venv}/bin/python')
+    return python_problems(version, f'{venv}/bin/python', family)
 
 
 def build_problems() -> list:
@@ -274,8 +310,8 @@ class Environment:
     def build(self) -> None:
         """Carry out all steps; each is quick where its work is done already."""
         mmcv = (
-            'building mmcv with ops, about 7 minutes on 2 cores the first time, less than one when '
-            'pip has kept it'
+            'compiling mmcv, 7 to 13 minutes on 2 cores the first time, less than one when its '
+            'wheel is still there'
             if FAMILIES[self.family].ops
             else 'mmcv without ops'
         )
@@ -284,7 +320,7 @@ class Environment:
             ('build tools', lambda: self.install('build')),
             ('torch: a minute or more, by the network', self.install_torch),
             (f'{self.family} packages: {mmcv}', self.install_family),
-            (f'extras: {" ".join(self.extras)}', lambda: self.install(*self.extras)),
+            (f'extras: {" ".join(self.extras)}', self.install_extras),
             ('ssn_plugin', self.install_project),
         ]
         for number, (title, step) in enumerate(steps, 1):
@@ -335,11 +371,10 @@ class Environment:
         if process.returncode:
             raise SetupError(f'pip {arguments[0]}: {explain(list(last_lines))}')
 
-    def install(self, *names: str) -> None:
+    def install(self, *names: str, options: tuple = ()) -> None:
         """Install what the requirement files of these names list."""
-        self.pip(
-            'install', *[word for name in names for word in ('-r', f'requirements/{name}.txt')]
-        )
+        files = [word for name in names for word in ('-r', f'requirements/{name}.txt')]
+        self.pip('install', *options, *files)
 
     def install_torch(self) -> None:
         """Install torch, before mmcv because mmcv is compiled against it."""
@@ -347,25 +382,53 @@ class Environment:
 
     def install_family(self) -> None:
         """Install the framework, mmcv with its ops where they are needed."""
-        pins = ROOT / 'requirements' / f'{self.family}.txt'
-        name = FAMILIES[self.family].mmcv
-        lines = pins.read_text().splitlines()
-        mmcv = next(line for line in lines if line.startswith(name)).split()[0]
+        pins = ['-r', str(ROOT / 'requirements' / f'{self.family}.txt')]
+        mmcv = self.mmcv()
         if not FAMILIES[self.family].ops:
             # An isolated build sees no torch, so it compiles none. pip must not keep the result,
             # or give what it has kept: a build for the torch of another family.
             self.pip('install', '--no-cache-dir', '--no-deps', mmcv)
-            self.pip('install', '-r', str(pins))
+            self.pip('install', *pins)
             return
-        self.pip('install', '--no-build-isolation', '-r', str(pins))
+        wheels = self.wheels()
+        if not any(wheels.glob('*.whl')):
+            self.compile_mmcv(wheels)
+        self.pip('install', '--no-build-isolation', '--find-links', str(wheels), *pins)
         if run_python(self.venv, '-c', OPS_CHECK).returncode == 0:
             return
-        print('mmcv came without ops that work: building it again, about 7 minutes', flush=True)
+        print('mmcv has no ops that work: compiling it again, 7 to 13 minutes', flush=True)
         with contextlib.suppress(SetupError):  # pip calls it an error when it has kept nothing
-            self.pip('cache', 'remove', name.replace('-', '_'))
-        again = ['--no-build-isolation', '--no-deps', '--force-reinstall', mmcv]
-        self.pip('install', *again)
+            self.pip('cache', 'remove', FAMILIES[self.family].mmcv.replace('-', '_'))
+        self.compile_mmcv(wheels)
+        wheel = str(next(wheels.glob('*.whl')))
+        self.pip('install', '--no-deps', '--force-reinstall', wheel)
         self.check(OPS_CHECK)
+
+    def mmcv(self) -> str:
+        """Return what pip calls this family's mmcv, with its version."""
+        lines = (ROOT / 'requirements' / f'{self.family}.txt').read_text().splitlines()
+        name = FAMILIES[self.family].mmcv
+        return next(line for line in lines if line.startswith(name)).split()[0]
+
+    def wheels(self) -> Path:
+        """Return the folder, beside the environment, that holds mmcv compiled for this torch."""
+        code = 'import sys, torch; print(torch.__version__, "py%d%d" % sys.version_info[:2])'
+        key = run_python(self.venv, '-c', code).stdout.split()
+        return self.venv.parent / '.venv-wheels' / '-'.join([self.mmcv().replace('==', '-'), *key])
+
+    def compile_mmcv(self, wheels: Path) -> None:
+        """Compile mmcv and keep the wheel; its folder appears only when that is whole."""
+        unfinished = wheels.with_name(f'{wheels.name}.unfinished')
+        for folder in (unfinished, wheels):
+            shutil.rmtree(folder, ignore_errors=True)
+        wanted = ['--no-build-isolation', '--no-deps', '--wheel-dir', str(unfinished)]
+        self.pip('wheel', *wanted, self.mmcv())
+        unfinished.rename(wheels)
+
+    def install_extras(self) -> None:
+        """Install what the extras list, at versions that suit the family's own pins."""
+        names = [*self.extras, *FAMILIES[self.family].also]
+        self.install(*names, options=('-c', f'requirements/{self.family}.txt'))
 
     def install_project(self) -> None:
         """Install this repository so that its files are used in place."""
@@ -405,7 +468,7 @@ def main() -> int:
     parser.add_argument('--extras', nargs='+', choices=EXTRAS, default=EXTRAS)
     args = parser.parse_args()
     try:
-        problems = python_problems(sys.version_info[:2], sys.executable)
+        problems = python_problems(sys.version_info[:2], sys.executable, args.family)
         if os.name != 'posix':
             problems = ['Windows is not supported: use its subsystem for Linux']
         if problems:
