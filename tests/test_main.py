@@ -39,7 +39,7 @@ def test_a_name_that_is_none(monkeypatch, capsys):
 
 def test_an_installation_without_tools(monkeypatch, tmp_path):
     monkeypatch.setattr(command, '_TOOLS', tmp_path / 'tools')
-    with pytest.raises(SystemExit, match='no such folder: .*tools'):
+    with pytest.raises(SystemExit, match='no such folder: '):
         command.main()
 
 
