@@ -22,8 +22,12 @@ pytest.importorskip('mmseg')
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
-# Classifiers need mmpretrain, which has an environment and tests of its own (test_pretraining).
-CONFIGS = [path for path in ALL if not path.name.startswith('resnet')]
+# mmpretrain and mmaction2 have environments and tests of their own: test_pretraining and
+# test_other_codebases.
+ELSEWHERE = ('imagenet', 'kinetics')
+CONFIGS = [
+    path for path in ALL if path.parent.name not in ELSEWHERE and not path.name.startswith('resnet')
+]
 TASKS = ('coco', 'cityscapes', 'ade20k')
 TASK_CONFIGS = [path for path in CONFIGS if path.parent.name in TASKS]
 STEM = re.compile(
@@ -336,7 +340,7 @@ def test_model_index_imports_every_metafile() -> None:
     assert sorted(imported) == sorted(found)
 
 
-@pytest.mark.parametrize('folder', [*TASKS, 'imagenet'])
+@pytest.mark.parametrize('folder', [*TASKS, *ELSEWHERE])
 def test_metafile_names_each_config_and_no_other(folder: str) -> None:
     metafile = safe_load((ROOT / 'configs' / folder / 'metafile.yml').read_text())
     collections = {collection['Name'] for collection in metafile['Collections']}
@@ -353,11 +357,11 @@ def test_metafile_names_each_config_and_no_other(folder: str) -> None:
         meta = model['Metadata']
         assert meta.get('Epochs') == cfg.train_cfg.get('max_epochs')
         assert meta.get('Iterations') == cfg.train_cfg.get('max_iters')
-        gpus = 8 if folder in ('coco', 'imagenet') else 4
+        gpus = 8 if folder in ('coco', *ELSEWHERE) else 4
         assert meta['Batch Size'] == gpus * cfg.train_dataloader.batch_size
 
 
-@pytest.mark.parametrize('folder', [*TASKS, 'imagenet'])
+@pytest.mark.parametrize('folder', [*TASKS, *ELSEWHERE])
 def test_readme_lists_every_config(folder: str) -> None:
     text = (ROOT / 'configs' / folder / 'README.md').read_text()
     for path in ALL:

@@ -86,7 +86,7 @@ def layer_ratios(model: nn.Module) -> list[LayerRatios]:
         return []
     pieces = []
     for layer in layers.values():
-        pieces += layer._ratios()
+        pieces += [layer.mean_ratios, layer.var_ratios]
         if isinstance(layer, SSN):
             pieces += [layer.radius, layer.mean_fixed, layer.var_fixed]
     numbers = iter(torch.cat([piece.detach().float().reshape(-1) for piece in pieces]).tolist())

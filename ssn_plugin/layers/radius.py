@@ -72,14 +72,15 @@ def _decide(layers: list[SSN], radius: float) -> None:
     choice = torch.where(fresh | (choice == UNKNOWN), found, choice)
     rows = torch.stack((fixed, fresh, choice), -1).view(2, -1, 3).tolist()
     for layer, *pair in zip(layers, *rows, strict=True):
-        choices, written = [], False
+        choices = []
         for name, (was_fixed, is_fresh, index) in zip(('mean', 'var'), pair, strict=True):
             choices.append(index if was_fixed or is_fresh else None)
             if is_fresh:
                 getattr(layer, f'{name}_fixed').fill_(1)
                 getattr(layer, f'{name}_choice').fill_(index)
-                written = True
-        if written or layer.known_choices() is None:
+        # Compared, because what is written through .data, as mmaction2 inflates weights, raises no
+        # version counter.
+        if layer.known_choices() != tuple(choices):
             layer.learn_choices(tuple(choices))
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
+from torch.utils.data import Dataset
 
 from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.sample_images import sample_batches, sample_images
@@ -85,3 +87,25 @@ def test_a_pipeline_that_cannot_be_built(config, tmp_path):
     config.test_dataloader.dataset.pipeline.append(dict(type='NoSuchTransform'))
     with pytest.raises(InputError, match=r'cannot build the test pipeline: KeyError: .*NoSuch'):
         next(sample_batches(config, [str(tmp_path / '0.png')]))
+
+
+def test_samples_of_data_that_are_no_image_files(tmp_path):
+    """As of videos: the data set itself reads them, annotations and all."""
+
+    @DATASETS.register_module(force=True)
+    class Clips(Dataset):
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            return dict(inputs=torch.full((3, 8, 4, 4), index))
+
+    loader = dict(dataset=dict(type='Clips'))
+    config = Config(dict(default_scope='mmengine', test_dataloader=loader))
+    chosen = sample_images(config, count=3)
+    assert chosen == [0, 3, 6]
+    batches = list(sample_batches(config, chosen))
+    assert [int(batch['inputs'][0].unique()) for batch in batches] == chosen
+    config.test_dataloader.dataset.type = 'Clip'
+    with pytest.raises(InputError, match='cannot read the test data set'):
+        sample_images(config)

@@ -257,3 +257,15 @@ def test_whole_model_costs_one_synchronisation(monkeypatch, radius):
         monkeypatch.setattr(torch.Tensor, name, counted)
     set_radius(nn.ModuleList(ssn() for _ in range(5)), radius)
     assert len(reads) == 1
+
+
+def test_flags_written_through_data_are_noticed():
+    """As by what inflates the weights of one network into another; it raises no version counter."""
+    source, layer = SSN(8), SSN(8)
+    source.select(mean='LN', var='IN')
+    state = source.state_dict()
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if name in state:
+            tensor.data.copy_(state[name])
+    set_radius(layer, 0.1)
+    assert layer.selected == ('LN', 'IN')

@@ -1,0 +1,8 @@
+"""SlowOnly ResNet-50 with BatchNorm, 256 epochs of Kinetics-400 from nothing."""
+
+_base_ = [
+    '../_base_/models/slowonly_r50.py',
+    '../_base_/datasets/kinetics400.py',
+    '../_base_/schedules/kinetics_256e.py',
+    '../_base_/action_runtime.py',
+]

@@ -1,0 +1,11 @@
+"""SlowOnly ResNet-50 with SN, 256 epochs of Kinetics-400 from nothing."""
+
+_base_ = [
+    '../_base_/models/slowonly_r50.py',
+    '../_base_/datasets/kinetics400.py',
+    '../_base_/schedules/kinetics_256e.py',
+    '../_base_/action_runtime.py',
+    '../_base_/sn_training.py',
+]
+model = dict(backbone=dict(norm_cfg=dict(_delete_=True, type='SNNamedBN')))
+optim_wrapper = {{_base_.sn_optim_wrapper}}
