@@ -81,9 +81,7 @@ def test_an_exact_copy_by_the_tool(tmp_path):
     save({'state_dict': as_mmpretrain(network.state_dict())}, tmp_path / 'bn.pth')
     result = run(tmp_path, 'warm_start.py', 'bn.pth', 'ssn.pth', '--bn-ratio', 1, '--fix')
     assert result.returncode == 0, result.stderr
-    assert (
-        'ssn.pth: ResNet-50 with SSN (deep stem), BN at an importance ratio of 1' in result.stdout
-    )
+    assert 'ssn.pth: 55 SSN layers with BN at an importance ratio of 1' in result.stdout
     path = tmp_path / 'ssn.pth'
     model = build('mmseg', depth=50, deep_stem=True, stem_padding=1, init_cfg=pretrained(path))
     model.init_weights()

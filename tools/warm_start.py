@@ -1,17 +1,13 @@
-"""Convert a ResNet with BatchNorm into a backbone with SSN that starts (nearly) as that network."""
+"""Convert a network with BatchNorm into one with SSN that starts (nearly) as that network."""
 
 import argparse
 import sys
 
 from ssn_plugin.checkpoint.files import check_writable, weights_in, write_checkpoint
-from ssn_plugin.checkpoint.layout import describe
-from ssn_plugin.checkpoint.warm_start import (
-    BN_RATIO,
-    STEM_PADDING,
-    batch_norm_to_ssn,
-    check_warm_start,
-)
+from ssn_plugin.checkpoint.layout import norm_layers
+from ssn_plugin.checkpoint.warm_start import BN_RATIO, STEM_PADDING, batch_norm_to_ssn
 from ssn_plugin.errors import CheckpointError
+from ssn_plugin.layers.convert import check_warm_start
 from ssn_plugin.models.pretrained import load_checkpoint
 from ssn_plugin.version import __version__
 
@@ -19,8 +15,8 @@ from ssn_plugin.version import __version__
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__
-        + ' IN may be of torchvision, timm, mmpretrain, mmdet or mmseg; of a whole detector, '
-        'segmentor or classifier the backbone is taken. Use OUT with stem_padding=1 in SSNResNet.',
+        + ' Every BatchNorm in IN becomes an SSN, everything else is kept; a backbone, a whole '
+        'detector, a segmenter or a classifier will do. OUT is for an init_cfg or load_from.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='examples:\n'
         '  python tools/warm_start.py resnet50-0676ba61.pth checkpoints/r50_ssn_warm.pth\n'
@@ -54,7 +50,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        check_warm_start(args.bn_ratio, args.fix, args.normalizers)
+        check_warm_start(args.bn_ratio, args.normalizers)
         check_writable(args.out, args.overwrite)
         weights = weights_in(load_checkpoint(args.source, args.allow_pickle), args.source)
         state = batch_norm_to_ssn(weights, args.source, args.bn_ratio, args.fix, args.normalizers)
@@ -62,13 +58,16 @@ def main() -> None:
             'ssn_plugin': __version__,
             'made_by': f'warm start from BatchNorm at a ratio of {args.bn_ratio}',
             'stem_padding': STEM_PADDING,
+            'bn_ratio': args.bn_ratio,
             'normalizers': list(args.normalizers),
         }
         write_checkpoint({'meta': meta, 'state_dict': state}, args.out, args.overwrite)
     except (CheckpointError, ValueError) as error:
         sys.exit(f'warm_start.py: {error}')
-    print(f'{args.out}: {describe(state)}, BN at an importance ratio of {args.bn_ratio}')
-    print("in a config: backbone=dict(type='SSNResNet', stem_padding=1, init_cfg=...)")
+    count = sum(kind == 'SSN' for kind in norm_layers(state).values())
+    print(f'{args.out}: {count} SSN layers with BN at an importance ratio of {args.bn_ratio}')
+    print(f"in a config: init_cfg=dict(type='Pretrained', checkpoint='{args.out}')")
+    print('with SSNResNet set stem_padding=1, the stem of every ResNet with BatchNorm')
 
 
 if __name__ == '__main__':

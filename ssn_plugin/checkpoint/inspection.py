@@ -11,7 +11,6 @@ from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, n
 from ssn_plugin.checkpoint.release import RELEASES
 from ssn_plugin.checkpoint.selection import histogram, selections
 from ssn_plugin.checkpoint.traits import told_candidates
-from ssn_plugin.errors import CheckpointError
 
 
 def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, str]:
@@ -36,15 +35,14 @@ def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> d
         'file': f'{path}, {os.path.getsize(path) / 1e6:.1f} MB, MD5 {md5}',
         'origin': _origin(path, md5, checkpoint, weights),
     }
-    try:
-        backbone, left_out = backbone_of(weights, path)
-    except CheckpointError:
-        backbone, left_out = weights, ()
-        report['network'] = f'no ResNet known here; its keys are {shown(list(weights))}'
-    else:
-        inside = any(key.startswith('backbone.') for key in weights)
-        prefix = " under 'backbone.'" if inside else ''
-        report['network'] = f'{describe(backbone)}{prefix}'
+    backbone, left_out = backbone_of(weights)
+    layout = describe(backbone)
+    inside = any(key.startswith('backbone.') for key in weights)
+    report['network'] = (
+        f'{layout}'
+        if layout.depth
+        else f'no ResNet known here; its keys are {shown(list(backbone))}'
+    ) + " under 'backbone.'" * inside
     report['weights'] = f'{len(weights)} entries, {numbers / 1e6:.2f} million numbers'
     kinds = Counter(norm_layers(backbone).values())
     report['norm layers'] = (
@@ -100,7 +98,8 @@ def _by_stage(chosen: Mapping) -> str:
     """One line for all layers, and one per stage."""
     stages: dict[str, dict] = {}
     for name, selection in chosen.items():
-        stage = name.split('.')[0] if name.startswith('layer') else 'stem'
+        first, below, _ = name.partition('.')
+        stage = first if below else 'stem'
         stages.setdefault(stage, {})[name] = selection
     lines = {'all': chosen, **stages}
     return '\n'.join(

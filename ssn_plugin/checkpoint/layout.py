@@ -1,18 +1,4 @@
-"""What a state dict is: which ResNet, which norm layers, in whose names.
-
-ResNets of torchvision, timm, mmpretrain, mmdet and mmseg and of the authors' SN and SSN releases
-share most keys. What differs is the name of the norms (bn1 or sn1), the prefix ``backbone.``, the
-classifier and the deep stem:
-
-| origin | deep stem |
-|---|---|
-| mmdet, mmseg | ``stem.0`` conv, ``stem.1`` norm, ``stem.3``, ``stem.4``, ``stem.6``, ``stem.7`` |
-| mmpretrain | ``stem.0.conv``, ``stem.0.bn``, ``stem.1.conv``, ... |
-| timm | ``conv1.0`` conv, ``conv1.1`` norm, ``conv1.3``, ``conv1.4``, ``conv1.6``, ``bn1`` |
-
-Where shortcuts pool before they convolve, the convolution is ``downsample.1``; in mmpretrain it
-stays ``downsample.0`` in stages of stride one, which have nothing to pool.
-"""
+"""What a state dict is: which norm layers it has, and which ResNet it is of, if it is of one."""
 
 import re
 from collections import Counter, OrderedDict
@@ -20,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-
-from ssn_plugin.errors import CheckpointError
 
 _DEPTHS = {
     (False, (2, 2, 2, 2)): 18,
@@ -32,17 +16,6 @@ _DEPTHS = {
 }
 # Classifiers: torchvision, timm and the releases; mmpretrain.
 _CLASSIFIER = re.compile(r'^(fc|head\.fc)\.(weight|bias)$')
-_BACKBONE = re.compile(r'^(conv1|(bn|sn|gn)1|stem|layer[1-4])\.')
-# Of mmpretrain's ConvModules and timm's Sequential to the Sequential of mmdet and mmseg.
-_DEEP_STEMS = (
-    (re.compile(r'^stem\.(\d)\.conv\.'), lambda found: f'stem.{3 * int(found[1])}.'),
-    (
-        re.compile(r'^stem\.(\d)\.(?:bn|sn|gn)\.'),
-        lambda found: f'stem.{3 * int(found[1]) + 1}.',
-    ),
-    (re.compile(r'^conv1\.(\d)\.'), lambda found: f'stem.{found[1]}.'),
-)
-_TIMM_LAST_STEM_NORM = re.compile(r'^(?:bn|sn|gn)1\.')
 
 
 @dataclass(frozen=True)
@@ -75,20 +48,33 @@ def is_classifier(key: str) -> bool:
     return _CLASSIFIER.match(key) is not None
 
 
+def norm_kind(entries: Mapping[str, Tensor]) -> str | None:
+    """What norm a module is that holds these entries: 'SSN', 'SN', 'BN' or 'GN'; None for others.
+
+    'GN' is any other norm with weight and bias for each channel; GroupNorm and LayerNorm hold the
+    same.
+    """
+    if 'mean_weight' in entries:  # without affine parameters there is no weight
+        return 'SSN' if 'mean_fixed' in entries else 'SN'
+    if 'running_mean' in entries or 'running_var' in entries:
+        return 'BN'
+    alone = entries.keys() == {'weight', 'bias'}
+    return 'GN' if alone and all(value.dim() == 1 for value in entries.values()) else None
+
+
 def norm_layers(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of the norm layers of a state dict and what each is: 'SSN', 'SN', 'BN' or 'GN'."""
-    found = {}
+    """Names of the norm layers of a state dict and what each is, of :func:`norm_kind`."""
+    kinds = {name: norm_kind(entries) for name, entries in places_of(state).items()}
+    return {name: kind for name, kind in kinds.items() if kind}
+
+
+def places_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Name of every module that holds something itself -> what it holds."""
+    places: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        name, _, last = key.rpartition('.')
-        if last == 'mean_weight':  # without affine parameters there is no weight
-            found[name] = 'SSN' if f'{name}.mean_fixed' in state else 'SN'
-        elif last != 'weight' or f'{name}.mean_weight' in state:
-            continue
-        elif f'{name}.running_mean' in state:
-            found[name] = 'BN'
-        elif value.dim() == 1:
-            found[name] = 'GN'
-    return found
+        place, _, entry = key.rpartition('.')
+        places.setdefault(place, {})[entry] = value
+    return places
 
 
 def describe(state: Mapping[str, Tensor]) -> Layout:
@@ -112,83 +98,33 @@ def describe(state: Mapping[str, Tensor]) -> Layout:
     return Layout(
         norm=kinds.most_common(1)[0][0] if kinds else 'none',
         depth=_DEPTHS.get((bottleneck, stages)),
-        deep_stem=any(key.startswith('stem.') for key in state),
-        avg_down=_pools_before(state, 'layer2.0.downsample'),
+        # mmdet, mmseg and mmpretrain; timm
+        deep_stem=any(key.startswith(('stem.', 'conv1.0.')) for key in state),
+        # pool, convolution, norm and not convolution, norm
+        avg_down='layer2.0.downsample.2.weight' in state,
         norms=tuple(norms),
     )
 
 
-def _pools_before(state: Mapping[str, Tensor], shortcut: str) -> bool:
-    """Whether a shortcut is pool, convolution, norm and not convolution, norm."""
-    return f'{shortcut}.2.weight' in state
-
-
 def backbone_of(
-    state: Mapping[str, Tensor], path: str
+    state: Mapping[str, Tensor],
 ) -> tuple[OrderedDict[str, Tensor], tuple[str, ...]]:
-    """The ResNet in a state dict, in the names of ``SSNResNet``, and the keys that are not of it.
-
-    Norms become sn1, sn2, ..., a deep stem that of mmdet and mmseg; values are not touched.
+    """The backbone in a state dict, and the keys that are not of it.
 
     Args:
-        state: State dict of a backbone, a classifier, a detector or a segmentor.
-        path: Where it is from, for the error.
+        state: State dict of a backbone, a classifier, a detector or a segmenter.
 
     Returns:
-        The backbone's state dict, and the keys left out.
-
-    Raises:
-        CheckpointError: If there is no ResNet in it, or keys that belong to nothing known.
+        What stands under ``backbone.``, without that prefix; without one all but the classifier.
     """
     prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
-    found = OrderedDict()
-    left_out, unknown = [], []
+    found, left_out = OrderedDict(), []
     for key, value in state.items():
-        if not key.startswith(prefix) or is_classifier(key.removeprefix(prefix)):
-            left_out.append(key)
-        elif _BACKBONE.match(key.removeprefix(prefix)):
+        if key.startswith(prefix) and not is_classifier(key.removeprefix(prefix)):
             found[key.removeprefix(prefix)] = value
         else:
-            unknown.append(key)
-    if not any(name.startswith('layer1.') for name in found):
-        raise CheckpointError(f'{path}: holds no ResNet: its keys are {shown(list(state))}')
-    if unknown:
-        raise CheckpointError(f'{path}: holds keys that no ResNet has: {shown(unknown)}')
-    names = our_names(found)
-    return OrderedDict((names[key], value) for key, value in found.items()), tuple(left_out)
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """What each key of a ResNet's state dict is called in ``SSNResNet`` of mmdet and mmseg.
-
-    Args:
-        state: State dict of the backbone alone, of any origin.
-
-    Example:
-        >>> import torch
-        >>> from ssn_plugin.checkpoint.layout import our_names
-        >>> our_names({'layer1.0.bn1.weight': torch.ones(8)})
-        {'layer1.0.bn1.weight': 'layer1.0.sn1.weight'}
-    """
-    pools = _pools_before(state, 'layer2.0.downsample')
-    names = {}
-    for key in state:
-        shortcut, below, rest = key.partition('.downsample.')
-        if below and pools and not _pools_before(state, shortcut + '.downsample'):
-            # mmpretrain has no pool of stride one in its place.
-            names[key] = f'{shortcut}{below}{int(rest[0]) + 1}{rest[1:]}'
-        else:
-            names[key] = _in_our_names(key, state)
-    return names
-
-
-def _in_our_names(name: str, state: Mapping[str, Tensor]) -> str:
-    if 'conv1.0.weight' in state and _TIMM_LAST_STEM_NORM.match(name):
-        return _TIMM_LAST_STEM_NORM.sub('stem.7.', name)
-    for pattern, replacement in _DEEP_STEMS:
-        if pattern.match(name):
-            return pattern.sub(replacement, name)
-    return re.sub(r'(^|\.)(?:bn|gn)(\d)\.', r'\1sn\2.', name)
+            left_out.append(key)
+    return found, tuple(left_out)
 
 
 def shown(names: list[str] | tuple[str, ...], limit: int = 3) -> str:

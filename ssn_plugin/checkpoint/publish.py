@@ -42,7 +42,7 @@ def publish_backbone(
 ) -> Published:
     """Write the backbone of a training checkpoint, alone, to a file with a hash in its name.
 
-    The file holds ``state_dict``, in the names of ``SSNResNet``, and ``meta`` with the version of
+    The file holds ``state_dict``, in the names of the file, and ``meta`` with the version of
     this package, a description, the selection (layer -> normalizers of mean and variance) and,
     where the training told them, the candidates and the padding of the stem's pool. The name ends
     in the first 8 digits of the SHA-256 of the weights, as OpenMMLab's files do.
@@ -53,20 +53,22 @@ def publish_backbone(
         allow_pickle: Unpickle code in ``source``, which is then trusted.
 
     Raises:
-        CheckpointError: If there is no ResNet in ``source``, or the file cannot be
-            written.
+        CheckpointError: If there are no norm layers in ``source``, or the file cannot be written.
     """
     checkpoint = read_checkpoint(source, allow_pickle)
     released(source)
     weights = weights_in(checkpoint, str(source))
-    state, left_out = backbone_of(weights, str(source))
+    state, left_out = backbone_of(weights)
     # Views would drag their whole storage into the file.
     state = OrderedDict((key, value.detach().clone().contiguous()) for key, value in state.items())
+    layout = describe(state)
+    if not layout.norms:
+        raise CheckpointError(f'{source}: holds no norm layers')
     traits = told_traits(checkpoint)
     chosen = selections(state, told_candidates(checkpoint))
     meta = {
         'ssn_plugin': __version__,
-        'layout': str(describe(state)),
+        'layout': str(layout),
         'selection': {name: tuple(selection) for name, selection in chosen.items()},
         'histogram': histogram(chosen),
         **traits,

@@ -1,18 +1,26 @@
 """Weights of a network with BatchNorm or SN, as those of an SSN that starts as that network."""
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from numbers import Real
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssn_plugin.checkpoint.layout import backbone_of, norm_layers, shown
+from ssn_plugin.checkpoint.layout import norm_layers, places_of, shown
+from ssn_plugin.checkpoint.matching import check_shortcuts, differences, in_names_of
 from ssn_plugin.errors import CheckpointError
-from ssn_plugin.functional import check_normalizers
+from ssn_plugin.layers.convert import (
+    BN_RATIO,
+    CANDIDATES,
+    check_warm_start,
+    control_of,
+    control_of_bn,
+)
+from ssn_plugin.layers.ssn import SSN
 
-BN_RATIO = 0.9
-CANDIDATES = ('IN', 'LN', 'BN')
+_CONTROL = control_of_bn(CANDIDATES, 1).keys()
 # The stem of ResNets with BatchNorm pools with padding 1; that of the SSN release with none.
 STEM_PADDING = 1
 
@@ -24,110 +32,211 @@ def batch_norm_to_ssn(
     fix: bool = False,
     normalizers: Sequence[str] = CANDIDATES,
 ) -> OrderedDict[str, Tensor]:
-    r"""The ResNet of a state dict with BatchNorm as one with SSN.
+    """Every BatchNorm of a state dict as an SSN; everything else as it is.
 
-    bn1 becomes sn1; weight, bias and running statistics stay. A point of the simplex is its own
-    sparsemax, so the control parameters are the wanted importance ratios themselves,
-
-    .. math::
-        z_{BN} = r, \qquad z_k = \frac{1 - r}{K - 1} \text{ for the others,}
-
-    for mean and variance alike, at radius zero. With r = 1 the network is the BatchNorm network.
-    With r = 0.9 it is nearly that, and it is still free to choose.
+    Layers that mmcv names by their type are renamed: bn1 becomes sn1, ``bn`` becomes ``sn``. What
+    the control parameters become is told by :func:`ssn_plugin.convert_batch_norm`.
 
     Args:
-        state: State dict of a ResNet of torchvision, timm, mmpretrain, mmdet or mmseg, or of a
-            model with one under ``backbone.``.
+        state: State dict of any network.
         path: Where it is from, for errors.
-        bn_ratio: Importance ratio r of BN, in [0, 1].
-        fix: Freeze that choice; only for r = 1.
+        bn_ratio: Importance ratio of BN, in [0, 1].
+        fix: Decide the layers for BN; only for a ratio of 1.
         normalizers: Candidates of the SSN layers to be filled.
-
-    Returns:
-        State dict of the backbone alone, in the names of ``SSNResNet``.
 
     Raises:
         ValueError: If ``bn_ratio`` is outside [0, 1], ``fix`` is asked for at another ratio than 1,
             or BN is no candidate.
-        CheckpointError: If there is no ResNet with BatchNorm in it.
+        CheckpointError: If there is no BatchNorm in it, or half of one.
 
     Example:
         >>> import torch
         >>> from ssn_plugin.checkpoint.warm_start import batch_norm_to_ssn
-        >>> state = {'layer1.0.conv1.weight': torch.ones(1, 1, 1, 1)}
         >>> norm = torch.nn.BatchNorm2d(1).state_dict()
-        >>> state |= {f'layer1.0.bn1.{name}': value for name, value in norm.items()}
+        >>> state = {f'layer1.0.bn1.{name}': value for name, value in norm.items()}
         >>> batch_norm_to_ssn(state, 'net.pth')['layer1.0.sn1.mean_weight']
         tensor([0.0500, 0.0500, 0.9000])
     """
-    check_warm_start(bn_ratio, fix, normalizers)
-    others = (1 - bn_ratio) / (len(normalizers) - 1)
-    ratios = torch.tensor([bn_ratio if name == 'BN' else others for name in normalizers])
-    state, _ = backbone_of(state, path)
-    kinds = norm_layers(state)
-    if set(kinds.values()) != {'BN'}:
-        held = ' and '.join(sorted(set(kinds.values()))) or 'no norm'
-        raise CheckpointError(f'{path}: holds {held} layers, expected BatchNorm layers alone')
-    statistics = (key.rpartition('.') for key in state)
-    layers = {name for name, _, last in statistics if last in ('running_mean', 'running_var')}
-    wanted = ('weight', 'bias', 'running_mean', 'running_var')
-    missing = [f'{name}.{key}' for name in sorted(layers) for key in wanted]
-    missing = [key for key in missing if key not in state]
-    if missing:
-        raise CheckpointError(f'{path}: lacks {shown(missing)} (sn is for bn here)')
+    check_warm_start(bn_ratio, normalizers)
+    if fix and bn_ratio != 1:
+        raise ValueError(f'fix: a ratio of {bn_ratio} is not one-hot, expected bn_ratio=1')
+    kinds = _norms_in(state, 'BN', path)
+    _check_whole(state, kinds, path)
     converted = OrderedDict()
-    for key, value in state.items():
-        converted[key] = value
-        name, _, last = key.rpartition('.')
-        if name in kinds and last == 'running_var':
-            converted |= _control(name, ratios, ratios, fixed=fix)
+    for place, entries in places_of(state).items():
+        if kinds.get(place) == 'BN':
+            place = re.sub(r'(^|\.)bn(\d*)$', r'\1sn\2', place)
+            entries = entries | control_of_bn(normalizers, bn_ratio, fix)
+        converted |= _below(place, entries)
     return converted
 
 
-def check_warm_start(bn_ratio: float, fix: bool, normalizers: Sequence[str]) -> None:
-    """Raise ValueError naming what is wrong with the arguments of :func:`batch_norm_to_ssn`."""
-    if not isinstance(bn_ratio, Real) or not 0 <= bn_ratio <= 1:
-        raise ValueError(f'bn_ratio: got {bn_ratio!r}, expected a number in [0, 1]')
-    if fix and bn_ratio != 1:
-        raise ValueError(f'fix: a ratio of {bn_ratio} is not one-hot, expected bn_ratio=1')
-    if 'BN' not in check_normalizers(normalizers):
-        raise ValueError(f"normalizers: got {tuple(normalizers)!r}, expected 'BN' among them")
-
-
 def switch_norm_to_ssn(state: Mapping[str, Tensor], path: str) -> OrderedDict[str, Tensor]:
-    """The ResNet of a state dict with SN as one with SSN that computes the same.
+    """Every SN of a state dict as the SSN that computes the same; everything else as it is.
 
     The control parameters become the softmax of SN's: a point of the simplex is its own sparsemax,
     so at radius zero the importance ratios are SN's to rounding, and the network is the SN network.
 
     Args:
-        state: State dict of a ResNet with SN, or of a model with one under ``backbone.``.
+        state: State dict of any network.
         path: Where it is from, for errors.
 
-    Returns:
-        State dict of the backbone alone, in the names of ``SSNResNet``.
-
     Raises:
-        CheckpointError: If there is no ResNet with SN in it.
+        CheckpointError: If there is no SN in it.
     """
-    state, _ = backbone_of(state, path)
-    kinds = norm_layers(state)
-    if 'SN' not in kinds.values():
-        held = ' and '.join(sorted(set(kinds.values()))) or 'no norm'
-        raise CheckpointError(f'{path}: holds {held} layers, expected SN layers')
     converted = OrderedDict(state)
-    for name, kind in kinds.items():
+    for place, kind in _norms_in(state, 'SN', path).items():
         if kind == 'SN':
-            ratios = (state[f'{name}.{which}_weight'].softmax(-1) for which in ('mean', 'var'))
-            converted |= _control(name, *ratios, fixed=False)
+            ratios = (state[f'{place}.{which}_weight'].softmax(-1) for which in ('mean', 'var'))
+            converted |= _below(place, control_of(*ratios))
     return converted
 
 
-def _control(name: str, mean: Tensor, var: Tensor, fixed: bool) -> dict[str, Tensor]:
-    return {
-        f'{name}.mean_weight': mean.clone(),
-        f'{name}.var_weight': var.clone(),
-        f'{name}.mean_fixed': torch.tensor(int(fixed)),
-        f'{name}.var_fixed': torch.tensor(int(fixed)),
-        f'{name}.radius': torch.tensor(0.0),
-    }
+def _norms_in(state: Mapping[str, Tensor], wanted: str, path: str) -> dict[str, str]:
+    kinds = norm_layers(state)
+    if wanted not in kinds.values() or 'SSN' in kinds.values():
+        held = ' and '.join(sorted(set(kinds.values()))) or 'no norm'
+        name = {'BN': 'BatchNorm'}.get(wanted, wanted)
+        raise CheckpointError(f'{path}: holds {held} layers, expected {name} layers')
+    return kinds
+
+
+def _check_whole(state: Mapping[str, Tensor], kinds: Mapping[str, str], path: str) -> None:
+    """Half a BatchNorm must not become an SSN that lacks something."""
+    missing = []
+    for place, entries in places_of(state).items():
+        if kinds.get(place) == 'BN':
+            pairs = (('running_mean', 'running_var'), ('weight', 'bias'))
+            halves = (pair for pair in pairs if sum(name in entries for name in pair) == 1)
+            missing += [f'{place}.{n}' for pair in halves for n in pair if n not in entries]
+    if missing:
+        raise CheckpointError(f'{path}: lacks {shown(missing)}')
+
+
+def _below(place: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f'{place}.{entry}'.removeprefix('.'): value for entry, value in entries.items()}
+
+
+class Fitted(NamedTuple):
+    """Weights of a file as a module takes them.
+
+    Attributes:
+        state: The weights, in the module's names.
+        left_out: Keys of the file that the module has no use for.
+        lines: What else is to be said of them.
+    """
+
+    state: OrderedDict[str, Tensor]
+    left_out: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+def bn_ratio_of(checkpoint: Mapping) -> float | None:
+    """The importance ratio of BN in a checkpoint that was converted; None for others."""
+    meta = checkpoint.get('meta')
+    ratio = meta.get('bn_ratio') if isinstance(meta, Mapping) else None
+    return ratio if isinstance(ratio, int | float) else None
+
+
+def fit(
+    module: nn.Module, state: Mapping[str, Tensor], path: str, bn_ratio: float | None
+) -> Fitted:
+    """Give weights the names of a module, and converted norms its candidates and frozen layers.
+
+    An SSN of whatever candidates with BN among them starts from a BatchNorm; a BatchNorm that the
+    module kept stays one. An SSN whose control parameters require no gradient would never choose,
+    so it is decided for BN, exactly the BatchNorm that it was.
+
+    Args:
+        module: A backbone, a neck, a head or a whole model.
+        state: State dict of a file.
+        path: Where it is from, for the error.
+        bn_ratio: Of :func:`bn_ratio_of`.
+
+    Raises:
+        CheckpointError: If shapes agree and the networks do not.
+    """
+    module.train(module.training)  # where the frameworks freeze stages
+    layers = dict(module.named_modules())
+    own = module.state_dict()
+    renamed = in_names_of(own, state)
+    check_shortcuts(own, state, renamed.prefix, path)
+    fitted, decided, strange = OrderedDict(), [], []
+    for place, entries in places_of(renamed.state).items():
+        layer = layers.get(place)
+        if bn_ratio is not None and 'mean_fixed' in entries:
+            if isinstance(layer, SSN) and 'BN' in layer.normalizers:
+                frozen = not layer.mean_weight.requires_grad
+                entries |= control_of_bn(
+                    layer.normalizers, bn_ratio, frozen or bool(entries['mean_fixed'])
+                )
+                decided += [place] * frozen
+            else:
+                entries = {k: v for k, v in entries.items() if k not in _CONTROL}
+                if not isinstance(layer, _BatchNorm):
+                    strange += _below(place, entries)
+                    continue
+        fitted |= _below(place, entries)
+    outside = [key for key in state if not key.startswith(renamed.prefix)]
+    lines = []
+    if decided:
+        lines.append(f'frozen, so decided for BN, exactly BatchNorm: {by_part(decided)} layers')
+    if renamed.by_order:
+        pairs = [f'{file} is {model}' for file, model in renamed.by_order]
+        lines.append(f'found by their order: {shown(pairs)}')
+    return Fitted(fitted, (*outside, *strange), tuple(lines))
+
+
+def warm_start(
+    module: nn.Module, state: Mapping[str, Tensor], path: str, bn_ratio: float | None
+) -> tuple[OrderedDict[str, Tensor], list[str], str]:
+    """What a module takes of a converted file, with every key accounted for.
+
+    Args:
+        module: As for :func:`fit`.
+        state: Of :func:`batch_norm_to_ssn` or :func:`switch_norm_to_ssn`.
+        path: Where it is from, for errors and log.
+        bn_ratio: As for :func:`fit`.
+
+    Returns:
+        The weights, lines for the log, and what the file does not fill, '' if nothing.
+
+    Raises:
+        CheckpointError: If not one SSN of the module is filled, or one has other channels.
+    """
+    own = module.state_dict()
+    fitted, left_out, lines = fit(module, state, path, bn_ratio)
+    missing, unexpected, misshapen = differences(own, fitted)
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, SSN)]
+    lacking = {key.rpartition('.')[0] for key in (*missing, *misshapen)}
+    filled = [name for name in layers if name not in lacking]
+    wrong = [text for key, text in misshapen.items() if key.rpartition('.')[0] in layers]
+    if wrong or not filled:
+        norms = [name for name, kind in norm_layers(state).items() if kind == 'SSN']
+        why = shown(wrong) or f'it has {shown(norms)}, the model {shown(layers) or "none"}'
+        raise CheckpointError(
+            f'{path}: its norms fill {len(filled)} of {len(layers)} SSN layers: {why}'
+        )
+    # Half of a norm that was another is none.
+    unfit = {*unexpected, *misshapen, *_below_any(set(layers) - set(filled), fitted)}
+    taken = OrderedDict((key, value) for key, value in fitted.items() if key not in unfit)
+    at = '' if bn_ratio is None else f' at an importance ratio of {bn_ratio} for BN'
+    said = [
+        f'{path}: {len(filled)} of {len(layers)} SSN layers start from its norms{at}; '
+        f'{len(taken)} of {len(own)} weights and buffers are filled',
+        *lines,
+    ]
+    if left_out or unfit:
+        said.append(f'left out of the file: {by_part((*left_out, *sorted(unfit)))}')
+    anew = [key for key in own if key not in taken and not key.endswith('num_batches_tracked')]
+    return taken, said, f'start anew, not in {path}: {shown(anew)}' if anew else ''
+
+
+def _below_any(places: set[str], state: Mapping[str, Tensor]) -> list[str]:
+    return [key for key in state if key.rpartition('.')[0] in places]
+
+
+def by_part(keys: Iterable[str]) -> str:
+    """How many keys there are below each first name, as 'backbone (5), neck (2)'."""
+    counts = Counter(key.split('.')[0] for key in keys)
+    return ', '.join(f'{part} ({count})' for part, count in counts.items())

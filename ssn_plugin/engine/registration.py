@@ -4,10 +4,11 @@ The root, because that is where mmcv looks norm layers up from every codebase.
 """
 
 from mmengine.fileio import register_backend
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
 
 from ssn_plugin.engine.checkpoint_schemes import (
+    WarmStartInit,
     load_from_bn2ssn,
     load_from_named_bn,
     load_from_sn2ssn,
@@ -49,4 +50,6 @@ OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=SSNOptimWrapperConstructor)
 CheckpointLoader.register_scheme('bn2ssn://', load_from_bn2ssn)
 CheckpointLoader.register_scheme('sn2ssn://', load_from_sn2ssn)
 CheckpointLoader.register_scheme('named_bn://', load_from_named_bn)
+# 'Pretrained' stays mmengine's for all but the two prefixes above.
+WEIGHT_INITIALIZERS.register_module(name='Pretrained', module=WarmStartInit, force=True)
 register_backend('whole_file', WholeFileBackend)

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlparse
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.candidates import Candidates
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
-from ssn_plugin.checkpoint.layout import describe, our_names
+from ssn_plugin.checkpoint.layout import describe, shown
 from ssn_plugin.checkpoint.matching import check_match
 from ssn_plugin.checkpoint.release import released
 from ssn_plugin.checkpoint.selection import selections
 from ssn_plugin.checkpoint.traits import told_traits, traits_of
 from ssn_plugin.checkpoint.unpickling import explain_load_error, weights_only
+from ssn_plugin.checkpoint.warm_start import bn_ratio_of, by_part, fit, warm_start
 from ssn_plugin.errors import CheckpointError
 
 
@@ -123,61 +124,91 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
     """
     path = entry['checkpoint']
     checkpoint = load_checkpoint(path)
-    state = weights_in(checkpoint, path)
-    prefix = entry.get('prefix')
-    if prefix is not None:
-        prefix = f'{prefix.removesuffix(".")}.'
-        state = OrderedDict(
-            (key.removeprefix(prefix), value)
-            for key, value in state.items()
-            if key.startswith(prefix)
-        )
-        if not state:
-            converted = path.startswith(('bn2ssn://', 'sn2ssn://'))
-            why = ': the conversion takes the backbone out; leave prefix out' * converted
-            raise CheckpointError(f'{path}: holds nothing under prefix={entry["prefix"]!r}{why}')
-    own = backbone.state_dict()
-    state = _in_names_of(own, state)
-    check_match(own, state, path)
+    ratio = bn_ratio_of(checkpoint)
+    fitted = fit(backbone, _weights_of(entry, checkpoint), path, ratio)
+    own, state = backbone.state_dict(), fitted.state
+    new = check_match(own, state, path)
     told, traits = told_traits(checkpoint), traits_of(backbone)
-    _check_candidates(told, traits, path)
-    padding = told.get('stem_padding')
-    if padding is not None and padding != backbone.stem_padding:
-        print_log(
-            f'SSNResNet: {path} was trained with a stem that pools with padding {padding}, this '
-            f'backbone pools with {backbone.stem_padding}: set stem_padding={padding} in it',
-            logger='current',
-            level=logging.WARNING,
-        )
+    if ratio is None:  # a warm start took those of the layers
+        _check_candidates(told, traits, path)
+    warn_of_padding(backbone, checkpoint, path)
     chosen = selections(
         {key: value for key, value in state.items() if key in own},
         Candidates(tuple(traits.get('normalizers', ()))),
     )
     counters = sum(key.endswith('.num_batches_tracked') for key in own)  # released files have none
     decided = sum(None not in selection for selection in chosen.values())
-    return state, (
-        f'SSNResNet: all {len(own) - counters} weights and buffers filled from {path}, '
-        f'a {describe(state)}; '
-        f'{decided} of its {len(chosen)} switchable layers are decided and stay so'
+    count = (
+        f'{len(own) - counters - len(new)} of {len(own) - counters}'
+        if new
+        else (f'all {len(own) - counters}')
     )
+    lines = [
+        f'SSNResNet: {count} weights and buffers filled from {path}, '
+        f'a {describe(state)}; '
+        f'{decided} of its {len(chosen)} switchable layers are decided and stay so',
+        *fitted.lines,
+    ]
+    if new:
+        lines.append(f'new, so not in the file: {shown(new)}')
+    left_out = [*fitted.left_out, *(key for key in state if key not in own)]
+    if left_out:
+        lines.append(f'left out of the file: {by_part(left_out)}')
+    return state, '; '.join(lines)
 
 
-def _in_names_of(
-    own: Mapping[str, Tensor], state: OrderedDict[str, Tensor]
-) -> OrderedDict[str, Tensor]:
-    """Keys as the backbone calls them, where published files have other names.
-
-    That is so in mmpretrain, and with BatchNorm or GroupNorm in the backbone and in the file.
-    """
-    if own.keys() <= state.keys():
+def _weights_of(entry: dict, checkpoint: Mapping) -> OrderedDict[str, Tensor]:
+    """The weights of a checkpoint, those below ``prefix`` if the entry names one."""
+    path, prefix = entry['checkpoint'], entry.get('prefix')
+    state = weights_in(checkpoint, path)
+    if prefix is None:
         return state
-    same_norm = describe(state).norm in ('BN', 'GN')
-    called = {
-        ours: key
-        for key, ours in our_names(own).items()
-        if same_norm or key.startswith('stem.') or '.downsample.' in key
-    }
-    return OrderedDict((called.get(key, key), value) for key, value in state.items())
+    start = f'{prefix.removesuffix(".")}.'
+    state = OrderedDict(
+        (key.removeprefix(start), value) for key, value in state.items() if key.startswith(start)
+    )
+    if not state:
+        raise CheckpointError(f'{path}: holds nothing under prefix={prefix!r}')
+    return state
+
+
+def warn_of_padding(backbone: nn.Module, checkpoint: Mapping, path: str) -> None:
+    """Warn where the stem's pool is not the one that the weights were trained with."""
+    padding, own = told_traits(checkpoint).get('stem_padding'), backbone.stem_padding
+    if padding is not None and padding != own:
+        print_log(
+            f'SSNResNet: {path} was trained with a stem that pools with padding {padding}, this '
+            f'backbone pools with {own}: set stem_padding={padding} in it',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def load_warm_start(module: nn.Module, entry: dict) -> None:
+    """Fill any module from an entry that names ``bn2ssn://`` or ``sn2ssn://``.
+
+    Args:
+        module: A backbone, neck or head with SSN layers, or a whole model.
+        entry: Of :func:`pretrained_entries`.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or its norms do not fit the module's.
+    """
+    path = entry['checkpoint']
+    checkpoint = load_checkpoint(path)
+    state, lines, anew = warm_start(
+        module, _weights_of(entry, checkpoint), path, bn_ratio_of(checkpoint)
+    )
+    load_pretrained(module, state, path)
+    log_warm_start(type(module).__name__, lines, anew)
+
+
+def log_warm_start(name: str, lines: Sequence[str], anew: str) -> None:
+    """Say what a warm start brought; as a warning what it did not."""
+    for line in lines:
+        print_log(f'{name}: {line}', logger='current')
+    if anew:
+        print_log(f'{name}: {anew}', logger='current', level=logging.WARNING)
 
 
 def _check_candidates(told: Mapping, traits: Mapping, path: str) -> None:

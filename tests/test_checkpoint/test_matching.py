@@ -1,11 +1,14 @@
 """Every key of a backbone and of a file is accounted for."""
 
+import re
+from collections import OrderedDict
+
 import pytest
 import torch
-from backbones import batch_norm_network, build
+from backbones import as_mmpretrain, as_timm, as_torchvision, batch_norm_network, build
 from released_files import released_state
 
-from ssn_plugin.checkpoint.matching import check_match
+from ssn_plugin.checkpoint.matching import check_match, check_shortcuts, in_names_of
 from ssn_plugin.errors import CheckpointError
 
 NARROW = dict(base_channels=4, stem_channels=4)
@@ -165,12 +168,86 @@ def test_the_wrong_depth_is_named(held, expected):
     assert f'(it holds a ResNet-{held} with SSN, expected a ResNet-{expected} with SSN): ' in text
 
 
-@pytest.mark.parametrize('prefix', ['backbone.', 'student.backbone.', 'encoder.'])
-def test_a_prefix_is_named(own, prefix):
-    state = {prefix + key: value for key, value in released_state(18, 4).items()}
-    assert f"(a ResNet lies under '{prefix[:-1]}.': set prefix to it in init_cfg)" in message_of(
-        own, state
-    )
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'student.backbone.', 'encoder.'])
+def test_a_prefix_is_found(own, prefix):
+    state = released_state(18, 4)
+    theirs = {prefix + key: value for key, value in state.items()} | {
+        'neck.0.weight': state['fc.bias']
+    }
+    renamed = in_names_of(own, theirs)
+    assert (renamed.prefix, renamed.by_order) == (prefix, ())
+    assert all(renamed.state[key] is value for key, value in state.items())
+
+
+def as_mmaction(state):
+    """Every convolution and norm in a ConvModule, as in mmaction2; fc is elsewhere."""
+    renamed = OrderedDict()
+    for key, value in state.items():
+        place, _, entry = key.rpartition('.')
+        number = re.search(r'(conv|bn)(\d)$', place)
+        if number:
+            place = f'{place[: number.start()]}conv{number[2]}.{number[1]}'
+        elif 'downsample' in place:
+            place = place.replace('.0', '.conv').replace('.1', '.bn')
+            place = re.sub(r'layer(\d)\.(conv|bn)', r'layer\1.0', place)
+        else:
+            place = place.replace('stem.', 'stem.all.')
+        renamed[f'{place}.{entry}'] = value
+    return renamed | {'cls_head.fc_cls.weight': torch.rand(10, 7)}
+
+
+DEEP = dict(depth=50, deep_stem=True, stem_channels=8)
+
+
+@pytest.mark.parametrize(
+    ('rename', 'kwargs', 'by_order'),
+    [
+        (as_torchvision, dict(depth=50), 0),
+        (as_timm, DEEP, 6),
+        (as_timm, DEEP | dict(avg_down=True), 6),
+        (as_mmpretrain, DEEP, 6),
+        (as_mmpretrain, DEEP | dict(avg_down=True), 8),
+        (as_mmaction, dict(depth=18), 40),
+        (as_mmaction, DEEP, 110),
+    ],
+)
+@pytest.mark.parametrize('norm', ['BN', 'SSN'])
+def test_names_of_every_codebase(rename, kwargs, by_order, norm):
+    """Values are those of the place, whatever it is called; SSN places take the BN of the file."""
+    state = batch_norm_network('mmdet', **NARROW | kwargs).state_dict()
+    own = build('mmdet', **NARROW | kwargs, norm_cfg=dict(type=norm)).state_dict()
+    renamed = in_names_of(own, rename(state))
+    assert len(renamed.by_order) == by_order
+    expected = {
+        '.'.join(re.sub('^bn', 'sn' if norm == 'SSN' else 'bn', part) for part in key.split('.')): v
+        for key, v in state.items()
+    }
+    assert all(renamed.state[key] is value for key, value in expected.items())
+
+
+def test_order_explains_no_other_network(own):
+    """One layer more, one less, or another width: nothing is matched by chance."""
+    for depth, width in ((34, 4), (50, 4), (18, 8)):
+        theirs = batch_norm_network('mmdet', depth=depth, base_channels=width, stem_channels=width)
+        renamed = in_names_of(own, as_mmaction(theirs.state_dict()))
+        assert renamed.by_order == ()
+
+
+def test_shortcuts_that_pool_are_no_others(own50):
+    state = batch_norm_network('mmdet', depth=50, **NARROW, avg_down=True).state_dict()
+    with pytest.raises(CheckpointError, match=r'average-pooled shortcuts.*, expected a ResNet-50'):
+        check_shortcuts(own50, state, '', 'net.pth')
+
+
+def test_new_parts_are_told_from_missing_ones(own):
+    """Deformable convolutions and plugins have layers that no file has; blocks are no such."""
+    new = {
+        'layer2.0.conv2.conv_offset.weight': torch.ones(2),
+        'layer3.1.context_block2.conv_mask.bias': torch.ones(1),
+    }
+    assert check_match(own | new, released_state(18, 4), 'net.pth') == tuple(new)
+    for key in ('layer2.2.conv1.weight', 'layer5.0.conv1.weight', 'layer2.0.conv2.bias'):
+        assert f'missing {key}' in message_of(own | {key: torch.ones(1)}, released_state(18, 4))
 
 
 def test_no_resnet_at_all(own):

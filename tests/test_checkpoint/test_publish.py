@@ -224,12 +224,12 @@ def test_other_norms(tmp_path, out, kind):
 @pytest.mark.parametrize(
     ('content', 'said'),
     [
-        ({'state_dict': {'patch_embed.weight': torch.ones(1)}}, 'holds no ResNet'),
+        ({'state_dict': {'patch_embed.weight': torch.ones(1)}}, 'holds no norm layers'),
         ({'epoch': 3}, 'holds no state dict of weights'),
         ([1], 'holds a list, expected a dict'),
         ({'state_dict': released_state(width=4), 'x': Marker('/nonexistent/ran')}, 'refused'),
     ],
-    ids=['no ResNet', 'no weights', 'no dict', 'code'],
+    ids=['no norms', 'no weights', 'no dict', 'code'],
 )
 def test_bad_input_leaves_nothing(tmp_path, out, content, said):
     source = save(content, tmp_path / 'a.pth')

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from backbones import batch_norm_network, build, pretrained
+from backbones import build, pretrained
 from released_files import save
 from torch import nn
 
@@ -53,17 +53,6 @@ def test_candidates_in_another_order_are_refused(tmp_path):
     model = build('mmdet', norm_cfg=dict(type='SSN', normalizers=ORDER), init_cfg=pretrained(path))
     model.init_weights()
     assert model.sn1.selected == ('LN', 'LN')
-
-
-def test_bn2ssn_tells_its_candidates(tmp_path):
-    path = f'bn2ssn://{save(batch_norm_network("mmdet").state_dict(), tmp_path / "bn.pth")}'
-    arguments = dict(stem_padding=1, init_cfg=pretrained(path))
-    build('mmdet', **arguments).init_weights()
-    with pytest.raises(CheckpointError, match=r"choose among \('IN', 'LN', 'BN'\)"):
-        build('mmdet', norm_cfg=dict(type='SSN', normalizers=ORDER), **arguments).init_weights()
-    arguments['init_cfg'] = pretrained(path, prefix='backbone.')
-    with pytest.raises(CheckpointError, match='leave prefix out'):
-        build('mmdet', **arguments).init_weights()
 
 
 def test_training_tells_them(tmp_path):

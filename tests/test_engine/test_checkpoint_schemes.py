@@ -159,7 +159,7 @@ def test_fewer_stages(file, network):
             lambda: released_state(kind='SN'),
             'holds SN layers, expected BatchNorm',
         ),
-        ('bn2ssn://{path}', lambda: {'a': torch.ones(1)}, 'holds no ResNet'),
+        ('bn2ssn://{path}', lambda: {'a': torch.ones(1)}, 'holds no norm layers'),
         ('bn2ssn://{path}', None, 'no such file'),
         ('sn2ssn://{path}', None, 'no such file'),
         (
@@ -198,13 +198,16 @@ def test_another_architecture(file):
         loaded(f'bn2ssn://{path}')
 
 
-def test_other_candidates_are_refused_not_misread(file, network):
+@pytest.mark.parametrize('normalizers', [('BN', 'IN'), ('GN', 'LN', 'BN', 'IN')])
+@pytest.mark.parametrize('kind', ['SSNResNet', 'ResNet'])
+def test_the_candidates_are_those_of_the_layers(file, network, normalizers, kind):
     path = save(network.state_dict(), file)
-    for normalizers in (('IN', 'BN'), ('IN', 'LN', 'BN', 'GN')):
-        cfg = dict(type='SSN', normalizers=normalizers, num_groups=2)
-        with pytest.raises(CheckpointError, match=r'mean_weight is \[3\], expected \[') as caught:
-            loaded(f'bn2ssn://{path}', norm_cfg=cfg, stem_padding=1)
-        assert 'running' not in str(caught.value)
+    cfg = dict(type='SSN', normalizers=normalizers, num_groups=2)
+    model = loaded(f'bn2ssn://{path}', kind=kind, norm_cfg=cfg)
+    rest = 0.1 / (len(normalizers) - 1)
+    expected = [0.9 if name == 'BN' else rest for name in normalizers]
+    for norm in (module for module in model.modules() if isinstance(module, SSN)):
+        assert norm.mean_ratios.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 # ---------------------------------------------------------------- the stem

@@ -3,6 +3,7 @@
 from mmengine.hooks import Hook
 
 from ssn_plugin.checkpoint.traits import traits_of
+from ssn_plugin.engine.checkpoint_schemes import fit_loaded
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN
@@ -62,6 +63,15 @@ class SSNRadiusHook(Hook):
         """
         progress = iteration / (max_iters - 1) if max_iters > 1 else 1.0
         return radius_at(progress, self.begin, self.end, self.start_radius, self.end_radius)
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Fit what ``load_from='bn2ssn://...'`` loaded to the model.
+
+        Args:
+            runner: mmengine's Runner.
+            checkpoint: What was loaded; a warm start gets the model's names.
+        """
+        fit_loaded(unwrapped(runner.model), checkpoint)
 
     def before_train(self, runner) -> None:
         """Say so if there is nothing to schedule, or nothing that could be learned.
