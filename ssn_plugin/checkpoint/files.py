@@ -68,7 +68,10 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     state = checkpoint if entry is None else checkpoint[entry]
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f'{path}: holds no state dict of weights')
-    return OrderedDict((key.removeprefix('module.'), value) for key, value in state.items())
+    weights = OrderedDict((key.removeprefix('module.'), value) for key, value in state.items())
+    known = getattr(state, '_metadata', {})
+    weights._metadata = {name.removeprefix('module.'): value for name, value in known.items()}
+    return weights
 
 
 def md5_of(path: str | os.PathLike) -> str:

@@ -70,6 +70,8 @@ def in_names_of(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Rena
     for key, original in inside.items():
         place, dot, entry = key.rpartition('.')
         state[f'{called.get(place, place)}{dot}{entry}'] = loaded[original]
+    known = getattr(loaded, '_metadata', {})
+    state._metadata = {called.get(place, place): known.get(prefix + place, {}) for place in theirs}
     return Renamed(state, prefix, by_order)
 
 

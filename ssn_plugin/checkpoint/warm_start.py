@@ -63,10 +63,12 @@ def batch_norm_to_ssn(
     kinds = _norms_in(state, 'BN', path)
     _check_whole(state, kinds, path)
     converted = OrderedDict()
+    converted._metadata = {}
     for place, entries in places_of(state).items():
         if kinds.get(place) == 'BN':
             place = re.sub(r'(^|\.)bn(\d*)$', r'\1sn\2', place)
             entries = entries | control_of_bn(normalizers, bn_ratio, fix)
+            converted._metadata[place] = {'normalizers': tuple(normalizers)}
         converted |= _below(place, entries)
     return converted
 
@@ -162,6 +164,7 @@ def fit(
     renamed = in_names_of(own, state)
     check_shortcuts(own, state, renamed.prefix, path)
     fitted, decided, strange = OrderedDict(), [], []
+    fitted._metadata = renamed.state._metadata
     for place, entries in places_of(renamed.state).items():
         layer = layers.get(place)
         if bn_ratio is not None and 'mean_fixed' in entries:
@@ -170,6 +173,7 @@ def fit(
                 entries |= control_of_bn(
                     layer.normalizers, bn_ratio, frozen or bool(entries['mean_fixed'])
                 )
+                fitted._metadata[place] = {'normalizers': layer.normalizers}
                 decided += [place] * frozen
             else:
                 entries = {k: v for k, v in entries.items() if k not in _CONTROL}
@@ -219,17 +223,18 @@ def warm_start(
         )
     # Half of a norm that was another is none.
     unfit = {*unexpected, *misshapen, *_below_any(set(layers) - set(filled), fitted)}
-    taken = OrderedDict((key, value) for key, value in fitted.items() if key not in unfit)
+    for key in unfit:
+        del fitted[key]
     at = '' if bn_ratio is None else f' at an importance ratio of {bn_ratio} for BN'
     said = [
         f'{path}: {len(filled)} of {len(layers)} SSN layers start from its norms{at}; '
-        f'{len(taken)} of {len(own)} weights and buffers are filled',
+        f'{len(fitted)} of {len(own)} weights and buffers are filled',
         *lines,
     ]
     if left_out or unfit:
         said.append(f'left out of the file: {by_part((*left_out, *sorted(unfit)))}')
-    anew = [key for key in own if key not in taken and not key.endswith('num_batches_tracked')]
-    return taken, said, f'start anew, not in {path}: {shown(anew)}' if anew else ''
+    anew = [key for key in own if key not in fitted and not key.endswith('num_batches_tracked')]
+    return fitted, said, f'start anew, not in {path}: {shown(anew)}' if anew else ''
 
 
 def _below_any(places: set[str], state: Mapping[str, Tensor]) -> list[str]:

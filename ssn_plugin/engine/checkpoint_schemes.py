@@ -73,7 +73,7 @@ def load_from_sn2ssn(filename: str, map_location: object = None) -> dict:
 
 
 def load_from_named_bn(filename: str, map_location: object = None) -> dict:
-    """Load a ResNet in the names and shapes of torchvision: bn1 for sn1, (C,) for (1, C, 1, 1).
+    """Load a backbone in the names and shapes of torchvision: bn1 for sn1, (C,) for (1, C, 1, 1).
 
     So mmaction2 looks for the weights that it inflates to three dimensions, or puts into its own
     ResNet; ``named_bn://bn2ssn://resnet50.pth`` is both conversions, one after the other.
@@ -86,11 +86,13 @@ def load_from_named_bn(filename: str, map_location: object = None) -> dict:
         A checkpoint with ``state_dict``.
 
     Raises:
-        CheckpointError: If it cannot be loaded or holds no ResNet.
+        CheckpointError: If it cannot be loaded or holds no norm layers.
     """
     source = filename.removeprefix('named_bn://')
     state, _ = backbone_of(weights_in(load_checkpoint(source), source))
     norms = norm_layers(state)
+    if not norms:
+        raise CheckpointError(f'{source}: holds no norm layers')
     return {'state_dict': {_with_bn(key): _flat(key, state, norms) for key in state}}
 
 

@@ -149,12 +149,15 @@ def _as_ssn(
     if synced:
         made.process_group = layer.process_group
     frozen = layer.weight is not None and not layer.weight.requires_grad
-    made.load_state_dict(control_of_bn(normalizers, bn_ratio, frozen), strict=False)
     for tensor in (layer.weight, layer.running_mean):
         if tensor is not None:
             made.to(tensor.device, tensor.dtype)
-    for key in ('mean_weight', 'var_weight'):
-        getattr(made, key).requires_grad_(not frozen)
+    ratios = control_of_bn(normalizers, bn_ratio)['mean_weight']
+    for control in (made.mean_weight, made.var_weight):
+        control.data.copy_(ratios)
+        control.requires_grad_(not frozen)
+    if frozen:
+        made.select('BN', 'BN')
     for key, value in (*layer._parameters.items(), *layer._buffers.items()):
         if value is not None:
             setattr(made, key, value)

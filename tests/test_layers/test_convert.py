@@ -174,7 +174,6 @@ def test_layers_with_a_forward_pass_of_their_own():
     [
         (nn.BatchNorm2d(8), dict(bn_ratio=1.5), 'bn_ratio: got 1.5'),
         (nn.BatchNorm2d(8), dict(normalizers=('IN', 'LN')), "expected 'BN' among them"),
-        (nn.BatchNorm2d(6), dict(normalizers=('GN', 'BN'), num_groups=4), 'num_groups: got 4'),
         (nn.Conv2d(1, 1, 1), {}, 'got no BatchNorm'),
         (nn.Sequential(nn.BatchNorm2d(8), nn.LazyBatchNorm2d()), {}, 'the lazy 1'),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from released_files import released_file, released_state
@@ -69,19 +69,24 @@ def test_conversions_one_after_the_other(tmp_path):
     torch.testing.assert_close(found['layer1.0.bn1.var_weight'], torch.tensor([0.05, 0.05, 0.9]))
 
 
-def test_a_file_without_a_resnet_is_refused(tmp_path):
+def test_a_file_without_norms_is_refused(tmp_path):
     torch.save({'weight': torch.ones(1)}, tmp_path / 'other.pth')
-    with pytest.raises(CheckpointError, match='no ResNet'):
+    with pytest.raises(CheckpointError, match='no norm layers'):
         CheckpointLoader.load_checkpoint(f'named_bn://{tmp_path / "other.pth"}')
 
 
-def test_a_file_of_conv_modules_says_what_it_fills(tmp_path, caplog):
+def test_a_file_of_conv_modules(tmp_path):
     """mmaction2's networks: 2-D or 3-D convolutions under conv1.conv, norms under conv1.bn."""
-    state = {'layer1.0.conv1.conv.weight': torch.randn(4, 4, 3, 3, 3)}
+    state = {'conv1.conv.weight': torch.randn(4, 4, 3, 3, 3)}
     layer = nn.BatchNorm3d(4).state_dict()
-    torch.save(state | {f'layer1.0.conv1.bn.{k}': v for k, v in layer.items()}, tmp_path / 'b.pth')
-    MMLogger.get_instance('named_bn').addHandler(caplog.handler)
-    found = CheckpointLoader.load_checkpoint(f'bn2ssn://{tmp_path / "b.pth"}')['state_dict']
-    assert 'SSNNamedBN' in caplog.text
+    torch.save(state | {f'conv1.bn.{k}': v for k, v in layer.items()}, tmp_path / 'b.pth')
+    address = f'bn2ssn://{tmp_path / "b.pth"}'
+    found = CheckpointLoader.load_checkpoint(f'named_bn://{address}')['state_dict']
     own = ssn_plugin.SSN(4).state_dict()
     assert {key.rpartition('.')[2] for key in found if '.bn.' in key} == set(own)
+    cfg = dict(conv_cfg=dict(type='Conv3d'), norm_cfg=dict(type='SSNNamedBN'), bias=False)
+    network = BaseModule(dict(type='Pretrained', checkpoint=address))
+    network.conv1 = mmcv_cnn.ConvModule(4, 4, 3, **cfg)
+    network.init_weights()
+    assert network.conv1.bn.mean_ratios.tolist() == pytest.approx([0.05, 0.05, 0.9])
+    assert torch.equal(network.conv1.conv.weight, state['conv1.conv.weight'])
