@@ -11,10 +11,13 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
 from ssn_plugin.checkpoint.unpickling import refuse_code
+from ssn_plugin.engine.start_check import check_norms_asked_for
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.class_folders import check_class_folders
 from ssn_plugin.jobs.configs import load_config
+from ssn_plugin.jobs.explained_errors import explained
 from ssn_plugin.jobs.last_checkpoint import last_checkpoint
+from ssn_plugin.jobs.model_check import check_norms, checked_model, start_options
 from ssn_plugin.jobs.preflight import (
     check_checkpoint,
     check_checkpoints,
@@ -22,7 +25,7 @@ from ssn_plugin.jobs.preflight import (
     check_resumable,
     check_work_dir,
 )
-from ssn_plugin.jobs.processes import join_processes, leave_processes
+from ssn_plugin.jobs.processes import join_processes, leave_processes, with_options
 
 # Where the name to install is not that to import.
 _DISTRIBUTIONS = {
@@ -134,13 +137,17 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     for split in ('train', 'val'):
         check_data(config, split)
     check_class_folders(config, ('train', 'val'))
+    model = checked_model(config, args.config)
+    if model is not None:
+        check_norms_asked_for(model, config.to_dict())
     work_dir = _work_dir(args, config)
     resumed = _resumed(args, config, work_dir)
     if resumed is not None:
         check_resumable(resumed)
-    check_checkpoints(config)
+    check_checkpoints(config, model=model)
+    del model
     check_work_dir(work_dir)
-    _run(script, join_processes(args.launcher, config, arguments))
+    _run(script, config, args.launcher, arguments)
 
 
 def test(args: argparse.Namespace, arguments: list[str]) -> None:
@@ -156,12 +163,16 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     refuse_code()
     config = load_config(args.config, args.cfg_options)
     script = framework_script(config, 'test.py')
-    check_checkpoint('checkpoint', args.checkpoint)
+    checkpoint = check_checkpoint('checkpoint', args.checkpoint)
     check_checkpoints(config, training=False)
     check_data(config, 'test')
     check_class_folders(config, ('test',))
+    model = checked_model(config, args.config)
+    if model is not None:
+        check_norms(model, 'checkpoint', args.checkpoint, checkpoint)
+    del model
     check_work_dir(_work_dir(args, config))
-    _run(script, join_processes(args.launcher, config, arguments))
+    _run(script, config, args.launcher, arguments)
 
 
 def _work_dir(args: argparse.Namespace, config: Config) -> str:
@@ -184,8 +195,9 @@ def _resumed(args: argparse.Namespace, config: Config, work_dir: str) -> str | N
     return named or last_checkpoint(work_dir)
 
 
-def _run(script: Path, arguments: list[str]) -> None:
-    sys.argv = [str(script), *arguments]
+def _run(script: Path, config: Config, launcher: str, arguments: list[str]) -> None:
+    arguments = with_options(arguments, start_options(config))
+    sys.argv = [str(script), *join_processes(launcher, config, arguments)]
     try:
         runpy.run_path(str(script), run_name='__main__')
         leave_processes()
@@ -193,3 +205,8 @@ def _run(script: Path, arguments: list[str]) -> None:
         # Weights that do not fill the built backbone, code in a file that some class reads, a
         # checkpoint that cannot be written.
         raise InputError(str(error)) from error
+    except (IndexError, ValueError) as error:
+        text = explained(error)
+        if text is None:
+            raise
+        raise InputError(text) from error

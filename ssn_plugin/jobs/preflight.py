@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmengine.config import Config
+from torch import nn
 
 from ssn_plugin.analysis.config_entries import (
     NamedCheckpoint,
@@ -16,6 +17,7 @@ from ssn_plugin.analysis.config_entries import (
     type_name,
 )
 from ssn_plugin.errors import CheckpointError, InputError
+from ssn_plugin.jobs.model_check import check_norms
 from ssn_plugin.models.pretrained import load_checkpoint
 
 _HOW_TO_GET = {
@@ -97,7 +99,9 @@ def _advice(dataset: dict, path: str) -> str:
     return _HOW_TO_GET.get(type_name(dataset), 'put it there')
 
 
-def check_checkpoints(config: Config, training: bool = True) -> None:
+def check_checkpoints(
+    config: Config, training: bool = True, model: nn.Module | None = None
+) -> None:
     """Look at the files of weights that a config names, whatever the entries are called.
 
     Each is loaded once. For a name with a scheme (``torchvision://``, ``https://``) only the first
@@ -107,6 +111,7 @@ def check_checkpoints(config: Config, training: bool = True) -> None:
         config: The whole config.
         training: Whether the run starts from weights; in a test only those are read that parts of
             the model read while they are built, such as ``teacher_ckpt``.
+        model: What is trained; the files that it starts from have to have its norms.
 
     Raises:
         InputError: Naming the entry and the file, and how to get it or do without.
@@ -118,19 +123,21 @@ def check_checkpoints(config: Config, training: bool = True) -> None:
     ]
     if training and isinstance(config.get('load_from'), str):
         wanted.append(NamedCheckpoint('load_from', 'load_from', config.load_from, True))
-    for key, switch, checkpoint, _ in wanted:
-        if '://' in checkpoint and int(os.environ.get('LOCAL_RANK', 0)) != 0:
+    for key, switch, path, initial in wanted:
+        if '://' in path and int(os.environ.get('LOCAL_RANK', 0)) != 0:
             continue
-        check_checkpoint(
+        checkpoint = check_checkpoint(
             key,
-            checkpoint,
+            path,
             f'; name another file by --cfg-options {key}=FILE, '
             f'or do without it by --cfg-options {switch}=None',
         )
+        if initial and model is not None:
+            check_norms(model, key, path, checkpoint)
 
 
-def check_checkpoint(name: str, path: str, advice: str = '') -> None:
-    """Load a checkpoint once, to see that it can be.
+def check_checkpoint(name: str, path: str, advice: str = '') -> Mapping:
+    """Load a checkpoint once, to see that it can be; return what it holds.
 
     Args:
         name: The argument or config entry that names it.
@@ -141,7 +148,7 @@ def check_checkpoint(name: str, path: str, advice: str = '') -> None:
         InputError: If there is no such file or it cannot be loaded.
     """
     try:
-        load_checkpoint(path)
+        return load_checkpoint(path)
     except CheckpointError as error:
         raise InputError(f'{name}: {error}{advice}') from error
 

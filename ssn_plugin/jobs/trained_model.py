@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Mapping
 
 from mmengine.config import Config
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.layout import shown
 from ssn_plugin.errors import CheckpointError, InputError, in_one_line
+from ssn_plugin.jobs.explained_errors import building
 
 
 def model_settings(config: Config) -> dict:
@@ -41,10 +43,12 @@ def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
     try:
         return MODELS.build(model_settings(config))
     except Exception as error:
-        # The registry raises what the missing package or the model's own code raises.
-        raise InputError(
-            f'config: cannot build the model of {path}: {in_one_line(error)}'
-        ) from error
+        # The registry raises what the missing package or the model's own code raises, and puts a
+        # sentence before it for each class that it was building.
+        reason = re.sub(r'class `\w+` in \S+: ', '', in_one_line(error))
+        modules = building(error)
+        within = f' in {modules}' if modules else ''
+        raise InputError(f'config: cannot build the model of {path}{within}: {reason}') from error
 
 
 def load_strictly(

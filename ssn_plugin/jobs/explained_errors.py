@@ -1,0 +1,61 @@
+"""Errors of torch and of the frameworks that do not tell their cause, in one line that does."""
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def explained(error: Exception) -> str | None:
+    """What an error of a run means and what to do; None if it tells that itself.
+
+    Example:
+        >>> from ssn_plugin.jobs.explained_errors import explained
+        >>> explained(IndexError('Target 25 is out of bounds.')).partition(':')[0]
+        'labels'
+    """
+    text = str(error)
+    if 'Expected more than 1 value per channel' in text:
+        where = _innermost_module(error)
+        return (
+            f'{where or "BatchNorm"}: got one value per channel, expected more in training: one '
+            'image of 1 x 1 has no batch statistics; take at least 2 images per process, or '
+            "norm_cfg=dict(type='SSN', normalizers=('IN', 'LN', 'GN')) in this part of the model"
+        )
+    if found := re.search(r'Target (-?\d+) is out of bounds', text):
+        return (
+            f'labels: got {found[1]}, expected labels below the num_classes of their head: set '
+            'num_classes to the number of classes, or map the labels to 0 ... num_classes - 1, and '
+            'those to be ignored to 255 in a segmentation'
+        )
+    return None
+
+
+def building(error: BaseException) -> str:
+    """The modules that were being built when an error came up, from outside in."""
+    found: list[nn.Module] = []
+    for module, function in _modules_in(error):
+        if function == '__init__' and not any(module is other for other in found):
+            found.append(module)
+    return ' > '.join(type(module).__name__ for module in found)
+
+
+def _innermost_module(error: BaseException) -> str | None:
+    """The name, in the whole model, of the module whose forward pass failed."""
+    modules = [module for module, function in _modules_in(error) if function == 'forward']
+    if not modules:
+        return None
+    names = {id(module): name for name, module in modules[0].named_modules()}
+    return names.get(id(modules[-1])) or type(modules[-1]).__name__
+
+
+def _modules_in(error: BaseException) -> Iterator[tuple[nn.Module, str]]:
+    """The modules whose methods are in the traceback of an error and of those it comes from."""
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            module = trace.tb_frame.f_locals.get('self')
+            if isinstance(module, nn.Module):
+                yield module, trace.tb_frame.f_code.co_name
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
