@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 _TOOLS = Path(__file__).parent / '.mim' / 'tools'
+_OF_A_CLONE = ('setup_env', 'test_torch_versions')  # they make environments for its tests
 _PROGRAM = 'python -m ssn_plugin'
 
 
@@ -13,7 +14,7 @@ def tools() -> dict[str, str]:
     """The scripts by name, and what each is for: the first line of its docstring."""
     found = {}
     for path in sorted(_TOOLS.glob('*.py')):
-        if path.stem != 'setup_env':  # makes the environment of a clone
+        if path.stem not in _OF_A_CLONE:
             text = ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or ''
             found[path.stem] = text.partition('\n')[0]
     return found

@@ -8,7 +8,7 @@ from tool_runs import TOOLS, run
 
 from ssn_plugin import __main__ as command
 
-NAMES = sorted(path.stem for path in TOOLS.glob('*.py') if path.stem != 'setup_env')
+NAMES = sorted({path.stem for path in TOOLS.glob('*.py')} - set(command._OF_A_CLONE))
 
 
 @pytest.mark.parametrize('arguments', [[], ['--help']], ids=str)

@@ -31,6 +31,7 @@ WRONG = {
     'report.py': (['nowhere', '--out', 'out.html'], 1, 'no such folder: nowhere'),
     'setup_env.py': (['--venv', 'file'], 1, 'file is a file, expected a folder'),
     'test.py': (['nothing.py', 'nothing.pth'], 1, 'config: no such file: nothing.py'),
+    'test_torch_versions.py': (['--folder', 'file'], 1, 'no such folder: file'),
     'train.py': (['nothing.py', '--work-dir', 'out'], 1, 'config: no such file: nothing.py'),
     'warm_start.py': (['file', 'out.pth'], 1, 'file: truncated, or not a checkpoint'),
 }

@@ -105,7 +105,7 @@ def write_comparison(found: Sequence[Difference], sources: Sequence[str], path: 
         sources: Names of the models, in the same order.
         path: File to write.
     """
-    with whole_file(path) as temporary, temporary.open('w', newline='') as file:
+    with whole_file(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(['layer', 'statistic', *sources, 'differs', 'distance'])
         for row in found:

@@ -160,7 +160,7 @@ def read_history(path: Path) -> History:
             "custom_hooks=[dict(type='SSNRatioHook')] trains"
         )
     try:
-        texts = path.read_text(errors='replace').splitlines()
+        texts = path.read_text(encoding='utf-8', errors='replace').splitlines()
     except OSError as error:
         raise HistoryError(f'{path}: cannot read it: {error.strerror}') from error
     first = _parsed(texts[0]) if texts else None

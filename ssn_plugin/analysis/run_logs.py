@@ -34,7 +34,7 @@ def read_run_logs(work_dir: Path) -> RunLogs:
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
         iteration = 0
         resumed = False
-        for text in file.read_text(errors='replace').splitlines():
+        for text in file.read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 line = json.loads(text)
             except ValueError:
@@ -68,4 +68,7 @@ def read_run_logs(work_dir: Path) -> RunLogs:
 def _begun_anew(log: Path) -> bool:
     """Whether the config that mmengine dumps beside the numbers says that it did not resume."""
     config = log.with_name('config.py')
-    return config.is_file() and 'resume = False' in config.read_text(errors='replace').splitlines()
+    return (
+        config.is_file()
+        and 'resume = False' in config.read_text(encoding='utf-8', errors='replace').splitlines()
+    )

@@ -78,7 +78,9 @@ def write_run_report(
     try:
         logs = read_run_logs(work_dir)
         config_file = dumped_config(work_dir)
-        config_text = config_file.read_text(errors='replace') if config_file else ''
+        config_text = (
+            config_file.read_text(encoding='utf-8', errors='replace') if config_file else ''
+        )
     except OSError as error:
         raise InputError(f'{work_dir}: cannot read all of it: {error.strerror}') from error
     about = history.about if history else {}

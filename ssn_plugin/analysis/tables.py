@@ -66,7 +66,7 @@ def write_csv(sources: Mapping[str, Sequence[LayerRatios]], path: Path) -> None:
     )
     names = ['depth', 'layer', 'stage', 'kind', 'channels', 'statistic']
     columns = ['source', *names, *candidates, 'selected', 'fixed', 'radius']
-    with whole_file(path) as temporary, temporary.open('w', newline='') as file:
+    with whole_file(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for source, rows in sources.items():

@@ -144,23 +144,27 @@ def _checked(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> dict[_BatchN
 
 @torch.no_grad()
 def _folded_parameters(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    # In float64, as nothing is gained by rounding more than once. Torch's fuse_conv_bn_weights does
-    # round, and takes the channels of a transposed convolution with groups for those of another.
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    # In float64, as nothing is gained by rounding more than once, and on the CPU, as MPS has none.
+    # Torch's fuse_conv_bn_weights does round, and takes the channels of a transposed convolution
+    # with groups for those of another.
+    def exact(tensor: Tensor) -> Tensor:
+        return tensor.cpu().double()
+
+    scale = (exact(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
+        scale = scale * exact(norm.weight)
+    shift = -exact(norm.running_mean) * scale
     if conv.bias is not None:
-        shift = shift + conv.bias.double() * scale
+        shift = shift + exact(conv.bias) * scale
     if norm.bias is not None:
-        shift = shift + norm.bias.double()
+        shift = shift + exact(norm.bias)
     weight = conv.weight
     if isinstance(conv, _ConvTransposeNd):  # (in, out / groups, ...), the inputs group by group
         per_input = scale.view(conv.groups, 1, -1).expand(-1, len(weight) // conv.groups, -1)
         scale = per_input.reshape(weight.shape[:2])
     scale = scale.view(*scale.shape, *(1,) * (weight.dim() - scale.dim()))
-    scaled = torch.empty_like(weight).copy_(weight.double() * scale)  # the same strides
-    return scaled, shift.to(weight.dtype)
+    scaled = torch.empty_like(weight).copy_(exact(weight) * scale)  # the same strides
+    return scaled, shift.to(weight.dtype).to(weight.device)
 
 
 class _Call(NamedTuple):

@@ -82,6 +82,7 @@ def compare_outputs(first: nn.Module, second: nn.Module, batches: Iterable[dict]
             *(list(_outputs(model, batch, proposals)) for model in (first, second)), strict=True
         )
         for ours, theirs in pairs:
+            ours, theirs = ours.cpu(), theirs.cpu()  # MPS has no float64
             scale = float(ours.abs().max()) or 1.0
             differences = (theirs.double() - ours.double()).abs() / scale
             largest = float(differences.max())

@@ -231,14 +231,13 @@ class _Average:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         size = len(layer.running_mean)
-        # The count and the sums of both statistics.
-        self.total = torch.zeros(
-            1 + 2 * size, dtype=torch.float64, device=layer.running_mean.device
-        )
+        # The count and the sums of both statistics; on the CPU, as MPS has no float64.
+        self.total = torch.zeros(1 + 2 * size, dtype=torch.float64)
 
     def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
         # With a momentum of one they are those of this batch.
         found = torch.cat((layer.running_mean.new_ones(1), layer.running_mean, layer.running_var))
+        found = found.cpu()
         if args[0].numel() and bool(found.isfinite().all()):
             self.total += found
         # Zero times NaN would stay NaN; SyncSSN meets one without a number of its own.
