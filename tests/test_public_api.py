@@ -53,12 +53,12 @@ SIGNATURES = {
     'control_parameters': 'model',
     'ssn_parameter_groups': 'model, lr, weight_decay=None, lr_mult=0.1, decay_mult=0.0',
     'clip_control_gradients': 'model, max_norm=1.0',
-    'SSN': f'{SSN_SIGNATURE}, radius=0.0',
-    'SSN1d': f'{SSN_SIGNATURE}, radius=0.0',
-    'SSN2d': f'{SSN_SIGNATURE}, radius=0.0',
-    'SSN3d': f'{SSN_SIGNATURE}, radius=0.0',
-    'SyncSSN': f'{SSN_SIGNATURE}, radius=0.0, process_group=None',
-    'SN': SSN_SIGNATURE,
+    'SSN': f'{SSN_SIGNATURE}, radius=0.0, device=None, dtype=None',
+    'SSN1d': f'{SSN_SIGNATURE}, radius=0.0, device=None, dtype=None',
+    'SSN2d': f'{SSN_SIGNATURE}, radius=0.0, device=None, dtype=None',
+    'SSN3d': f'{SSN_SIGNATURE}, radius=0.0, device=None, dtype=None',
+    'SyncSSN': f'{SSN_SIGNATURE}, radius=0.0, process_group=None, device=None, dtype=None',
+    'SN': f'{SSN_SIGNATURE}, device=None, dtype=None',
     'convert_batch_norm': "model, bn_ratio=0.9, normalizers=('IN', 'LN', 'BN'), num_groups=32",
     'convert_sync_ssn': 'model, process_group=None',
     'revert_sync_ssn': 'model',
@@ -68,7 +68,7 @@ SIGNATURES = {
     'hold_ratios': 'model',
     'SelectedNorm': (
         'num_features, mean_source, var_source, eps=1e-05, momentum=0.1, affine=True, '
-        'track_running_stats=True, num_groups=32, correction=0'
+        'track_running_stats=True, num_groups=32, correction=0, device=None, dtype=None'
     ),
 }
 

@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 from ssn_plugin.functional import check_radius, sparsestmax
 from ssn_plugin.layers.ssn import SSN
-from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, largest
+from ssn_plugin.ops.sparsestmax import is_one_hot_radius
+from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, Choices, largest
+
+# From here on rounding may make one-hot what is not yet; half precision has the coarsest.
+_NEARLY = 0.98
 
 
 @torch.no_grad()
@@ -18,7 +22,8 @@ def set_radius(model: nn.Module, radius: float) -> None:
     later radius changes the ratios. A layer whose control parameters require no gradient (a frozen
     stage) keeps its radius and its ratios.
 
-    The whole model costs one synchronisation with the device, and none once all is decided.
+    It waits for a GPU once, when the radius makes everything one-hot. What is decided there earlier
+    is known to the CPU one call later.
 
     Args:
         model: Any module.
@@ -40,55 +45,143 @@ def set_radius(model: nn.Module, radius: float) -> None:
         1
     """
     radius = check_radius(radius)
+    radii = defaultdict(list)
     # Layers of one number of candidates on one device are projected together.
-    alike, radii = defaultdict(list), defaultdict(list)
+    alike = defaultdict(list)
     for layer in model.modules():
         if not isinstance(layer, SSN):
             continue
-        control = layer.mean_weight
+        control = layer._tensor('mean_weight')
         if not control.requires_grad:
             continue
-        radii[layer.radius.device].append(layer.radius)
-        choices = layer.known_choices()
-        if choices is None or None in choices:
+        if type(control) is not nn.Parameter or control.is_meta or control.dim() != 1:
             _check_whole(layer)
-            alike[control.device, control.dtype, len(layer.normalizers)].append(layer)
-    for buffers in radii.values():
-        torch._foreach_zero_(buffers)
-        torch._foreach_add_(buffers, radius)
-    for layers in alike.values():
-        _decide(layers, radius)
+        buffer = layer._buffers['radius']
+        radii[buffer.device, buffer.dtype].append(buffer)
+        known = layer.known_choices()
+        if control.is_cpu or known is None or None in known:
+            size = len(layer.normalizers)
+            alike[control.device, control.dtype, size].append((layer, known))
+    for (device, dtype), buffers in radii.items():
+        value = torch.full((), radius, device=device, dtype=dtype)
+        torch._foreach_copy_(buffers, [value] * len(buffers))
+    for (device, *_), group in alike.items():
+        layers, known = map(list, zip(*group, strict=True))
+        if device.type == 'cpu':
+            _decide(layers, known, radius)
+        else:
+            _decide_on_device(layers, radius)
 
 
-def _decide(layers: list[SSN], radius: float) -> None:
-    """Decide what became one-hot, in layers of the same device, dtype and number of candidates."""
-    control = _stacked(layers, 'weight')
-    fixed, choice = _stacked(layers, 'fixed') > 0, _stacked(layers, 'choice')
-    ratios = sparsestmax(control, radius)
-    fresh = (ratios.amax(-1) == 1) & ~fixed
-    # The last of equal candidates, as SparsestMax breaks ties; where the choice of a decided layer
-    # got lost, the largest control parameter is the choice.
-    found = torch.where(fresh, ratios.argmax(-1), largest(control).squeeze(-1))
-    choice = torch.where(fresh | (choice == UNKNOWN), found, choice)
-    rows = torch.stack((fixed, fresh, choice), -1).view(2, -1, 3).tolist()
-    for layer, *pair in zip(layers, *rows, strict=True):
+def _decide(layers: list[SSN], known: list[Choices | None], radius: float) -> None:
+    """Decide what became one-hot, in layers on the CPU, of one dtype and number of candidates."""
+    control, fixed = _stacked(layers, 'weight'), _stacked(layers, 'fixed') > 0
+    if _is_known(known, fixed) and not _may_become_one_hot(control[~fixed], radius):
+        return
+    rows = torch.stack(_found(layers, control, radius), -1).tolist()
+    for layer, *pair in zip(layers, *_halves(rows), strict=True):
         choices = []
-        for name, (was_fixed, is_fresh, index) in zip(('mean', 'var'), pair, strict=True):
-            choices.append(index if was_fixed or is_fresh else None)
+        for name, (is_decided, is_fresh, index) in zip(('mean', 'var'), pair, strict=True):
+            choices.append(index if is_decided or is_fresh else None)
             if is_fresh:
-                getattr(layer, f'{name}_fixed').fill_(1)
-                getattr(layer, f'{name}_choice').fill_(index)
-        # Compared, because what is written through .data, as mmaction2 inflates weights, raises no
-        # version counter.
+                layer._buffers[f'{name}_fixed'].fill_(1)
+            if choices[-1] is not None and layer._buffers[f'{name}_choice'].item() != index:
+                layer._buffers[f'{name}_choice'].fill_(index)
         if layer.known_choices() != tuple(choices):
             layer.learn_choices(tuple(choices))
 
 
+def _is_known(known: list[Choices | None], fixed: Tensor) -> bool:
+    """Whether what is known of the layers is what their flags say.
+
+    What is written through ``.data``, as mmaction2 inflates weights, raises no version counter.
+    """
+    if None in known:
+        return False
+    return fixed.tolist() == [choices[half] is not None for half in (0, 1) for choices in known]
+
+
+def _may_become_one_hot(control: Tensor, radius: float) -> bool:
+    """Whether SparsestMax of one of these vectors can be one-hot; almost never before the end."""
+    if not len(control) or is_one_hot_radius(radius / _NEARLY, control.shape[-1]):
+        return len(control) > 0
+    first, second = control.float().topk(2).values.unbind(-1)
+    return not bool((first - second < _NEARLY).all())  # NaN neither leads nor follows
+
+
+def _decide_on_device(layers: list[SSN], radius: float) -> None:
+    """The same without waiting for the device.
+
+    Flags and choices are written there. What was decided is copied to the CPU meanwhile and read by
+    the next call, in every process the same one, so that all of them go on alike.
+    """
+    known = [_arrived(layer) for layer in layers]
+    decided, fresh, choice = _found(layers, _stacked(layers, 'weight'), radius)
+    decided = decided | fresh
+    for kind, values in (('fixed', decided.long()), ('choice', choice.where(decided, UNKNOWN))):
+        buffers = _tensors(layers, kind)
+        torch._foreach_copy_(buffers, list(values.unbind()))
+    if is_one_hot_radius(radius, len(layers[0].normalizers)):
+        # All is decided and stays so: one wait, and the passes from here on know it.
+        known = list(zip(*_halves(choice.tolist()), strict=True))
+    pending = _Pending(choice.where(decided, UNKNOWN))
+    for index, (layer, choices) in enumerate(zip(layers, known, strict=True)):
+        layer.learn_choices(choices)
+        layer._pending = pending, (index, index + len(layers)), layer._known
+
+
+def _arrived(layer: SSN) -> Choices:
+    """Choices that the call before wrote to a layer, if nobody has written to it since."""
+    if layer._pending is None:
+        return None, None
+    pending, rows, known = layer._pending
+    if known is None or layer._known is not known or layer.known_choices() is None:
+        return None, None
+    return tuple(None if k == UNKNOWN else k for k in map(pending.read().__getitem__, rows))
+
+
+class _Pending:
+    """Numbers on their way from a device to the CPU."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._event = values, None
+        if values.is_cuda:
+            pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = pinned.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[int]:
+        """The numbers; by now they have long arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        if isinstance(self._values, Tensor):
+            self._values = self._values.tolist()
+        return self._values
+
+
+def _found(layers: list[SSN], control: Tensor, radius: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row of ``control``: is it decided, did it become one-hot now, and what is chosen."""
+    fixed, choice = (_stacked(layers, kind) for kind in ('fixed', 'choice'))
+    ratios = sparsestmax(control, radius)
+    fresh = (ratios.amax(-1) == 1) & (fixed <= 0)
+    # Where the choice of a decided layer got lost, the largest control parameter is the choice.
+    lost = torch.where(fresh, ratios.argmax(-1), largest(control).squeeze(-1))
+    return fixed > 0, fresh, torch.where(fresh | (choice == UNKNOWN), lost, choice)
+
+
+def _tensors(layers: list[SSN], kind: str) -> list[Tensor]:
+    """Those of every mean, then those of every variance."""
+    return [layer._tensor(f'{name}_{kind}') for name in ('mean', 'var') for layer in layers]
+
+
 def _stacked(layers: list[SSN], kind: str) -> Tensor:
-    """One row for the mean of every layer, then one for the variance of every layer."""
-    return torch.stack(
-        [getattr(layer, f'{name}_{kind}') for name in ('mean', 'var') for layer in layers]
-    )
+    return torch.stack(_tensors(layers, kind))
+
+
+def _halves(rows: list) -> tuple[list, list]:
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
 
 def _check_whole(layer: SSN) -> None:

@@ -28,7 +28,12 @@ class _Known(NamedTuple):
     """
 
     choices: Choices
-    versions: list[int]
+    versions: tuple[int, ...]
+
+
+def _versions(selection: Selection) -> tuple[int, ...]:
+    _, first, second, third, fourth = selection
+    return first._version, second._version, third._version, fourth._version
 
 
 class SSN(SwitchableNorm):
@@ -94,6 +99,7 @@ class SSN(SwitchableNorm):
     """
 
     _known: _Known | None = None
+    _pending = None  # choices on their way from a GPU, of set_radius
 
     def __init__(
         self,
@@ -142,27 +148,25 @@ class SSN(SwitchableNorm):
         )
 
     def _control(self) -> Control:
-        return Control(
-            self._tensor('mean_weight'),
-            self._tensor('var_weight'),
-            'sparsestmax',
-            self._selection(),
-            self.known_choices() or (None, None),
-        )
+        selection = self._selection()
+        known = self._known_in(selection) or (None, None)
+        control = self._tensor('mean_weight'), self._tensor('var_weight')
+        return Control(*control, 'sparsestmax', selection, known)
 
     def known_choices(self) -> Choices | None:
-        """Indices of the selected mean and variance (None for undecided), without reading a tensor.
+        """Indices of the selected mean and variance, without reading a tensor.
 
-        None where they are not known: something wrote to the buffers since they were read last, as
-        a broadcast or an averaging of models does. :func:`ssn_plugin.set_radius` reads them again.
+        An index is None where nothing is selected, or on a GPU where the selection has not arrived.
+        None for both where something wrote to the buffers since they were read last, as a broadcast
+        or an averaging of models does. :func:`ssn_plugin.set_radius` reads them again.
         """
+        return self._known_in(self._selection())
+
+    def _known_in(self, selection: Selection) -> Choices | None:
         known = self._known
         if known is None or is_compiling():  # which cannot ask for versions
             return known and known.choices
-        return known.choices if known.versions == self._versions() else None
-
-    def _versions(self) -> list[int]:
-        return [tensor._version for tensor in self._selection()[1:]]
+        return known.choices if known.versions == _versions(selection) else None
 
     def learn_choices(self, choices: Choices | None = None) -> None:
         """Note the choices that the buffers hold, to spare work later.
@@ -175,7 +179,11 @@ class SSN(SwitchableNorm):
         # Tensors made in inference mode have no version counter.
         if not has_values(*selection) or any(tensor.is_inference() for tensor in selection):
             return
-        self._known = _Known(choices or self._read_choices(), self._versions())
+        self._known = _Known(choices or self._read_choices(), _versions(selection))
+
+    def _choices(self) -> Choices:
+        known = self.known_choices()
+        return self._read_choices() if known is None or None in known else known
 
     @torch.no_grad()
     def _read_choices(self) -> Choices:
@@ -187,7 +195,7 @@ class SSN(SwitchableNorm):
     @property
     def selected(self) -> tuple[str | None, str | None]:
         """Normalizers that the mean and the variance selected; None where undecided."""
-        choices = self.known_choices() or self._read_choices()
+        choices = self._choices()
         if None in choices and is_one_hot_radius(self.radius.item(), len(self.normalizers)):
             # Set by the constructor or by a file; the next set_radius raises the flags.
             found = [ratios.argmax().item() for ratios in (self.mean_ratios, self.var_ratios)]
@@ -241,6 +249,9 @@ class SSN(SwitchableNorm):
         self.learn_choices()  # the buffers are others now, with other version counters
         return self
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != '_pending'}
+
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self.learn_choices()
@@ -250,7 +261,7 @@ class SSN(SwitchableNorm):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if keep_vars or not has_values(*self._selection()):
             return
-        choices = self.known_choices() or self._read_choices()
+        choices = self._choices()
         for name, choice in zip(('mean', 'var'), choices, strict=True):
             control = destination.get(f'{prefix}{name}_weight')
             if choice is not None and type(control) is Tensor and control.dim() == 1:

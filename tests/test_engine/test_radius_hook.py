@@ -19,8 +19,6 @@ import ssn_plugin
 from ssn_plugin import SSN, set_radius
 from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
 
-CONTROL = ('mean_weight', 'var_weight', 'mean_fixed', 'var_fixed', 'radius')
-
 
 def float32(value):
     """What the layer's buffer holds of a Python float."""
@@ -211,8 +209,6 @@ def test_resumed_run_is_bit_identical(make_runner, by_epoch, checkpoint, done):
         ours, theirs = getattr(resumed.model, norm), getattr(straight.model, norm)
         assert ours.selected == theirs.selected
         assert None not in ours.selected
-        for name in CONTROL:
-            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for name, value in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
 

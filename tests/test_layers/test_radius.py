@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius, undecided_layers
+from ssn_plugin.layers import radius as ways
 from ssn_plugin.layers.radius import copy_selection
 from ssn_plugin.ops.sparsestmax import circumradius
 
@@ -244,28 +245,81 @@ def test_copied_selection_makes_a_model_follow_another():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize('radius', [0.0, 0.4, 1.0])
-def test_whole_model_costs_one_synchronisation(monkeypatch, radius):
-    reads = []
+@pytest.fixture
+def reads(monkeypatch):
+    """What is read from tensors, which waits for a GPU."""
+    found = []
     for name in ('tolist', 'item', '__bool__', '__float__', '__int__', 'cpu', 'numpy'):
         original = getattr(torch.Tensor, name)
 
         def counted(self, *args, _name=name, _original=original):
-            reads.append(_name)
+            found.append(_name)
             return _original(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    set_radius(nn.ModuleList(ssn() for _ in range(5)), radius)
-    assert len(reads) == 1
+    return found
 
 
-def test_flags_written_through_data_are_noticed():
-    """As by what inflates the weights of one network into another; it raises no version counter."""
-    source, layer = SSN(8), SSN(8)
-    source.select(mean='LN', var='IN')
-    state = source.state_dict()
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        if name in state:
-            tensor.data.copy_(state[name])
-    set_radius(layer, 0.1)
-    assert layer.selected == ('LN', 'IN')
+def _on_device(layers, known, value):
+    ways._decide_on_device(layers, value)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Everything goes the way of GPUs."""
+    monkeypatch.setattr(ways, '_decide', _on_device)
+
+
+@pytest.mark.parametrize(('value', 'count'), [(0.0, 1), (0.4, 1), (1.0, 2)])
+def test_a_gpu_is_not_waited_for(reads, on_device, value, count):
+    model = nn.ModuleList(ssn() for _ in range(5))
+    set_radius(model, 0.0)
+    reads.clear()
+    set_radius(model, value)
+    assert len(reads) == count  # of the call before, whose numbers have arrived, and at one-hot
+
+
+def leaders(steps: int) -> list[torch.Tensor]:
+    """Control parameters of a training in which some layers come to lead by more than one."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 2, 3, generator=generator) * step / 8 for step in range(steps)]
+
+
+def test_the_way_of_gpus_decides_the_same(monkeypatch):
+    models = [nn.ModuleList(ssn() for _ in range(5)) for _ in range(2)]
+    both = [ways._decide, _on_device]
+    partly = 0
+    for step, controls in enumerate(leaders(20)):
+        for model, way in zip(models, both, strict=True):
+            with torch.no_grad():
+                for layer, (mean, var) in zip(model, controls, strict=True):
+                    layer.mean_weight.copy_(mean)
+                    layer.var_weight.copy_(var)
+            monkeypatch.setattr(ways, '_decide', way)
+            set_radius(model, step / 24)
+        first, second = ([layer.selected for layer in model] for model in models)
+        assert first == second
+        partly += any(None in pair and pair != (None, None) for pair in first)
+        for layer in models[1]:
+            known = layer.known_choices()
+            selected = [None if k is None else layer.normalizers[k] for k in known]
+            assert all(k in (None, name) for k, name in zip(selected, layer.selected, strict=True))
+    assert partly
+    set_radius(models[1], 1.0)
+    assert all(None not in layer.known_choices() for layer in models[1])
+    twin = copy.deepcopy(models[1])
+    assert [layer.selected for layer in twin] == [layer.selected for layer in models[1]]
+
+
+def test_the_way_of_gpus_notices_who_writes_between(on_device):
+    layer = ssn()
+    with torch.no_grad():
+        layer.mean_weight[1] = 2
+    set_radius(layer, 0.0)
+    layer.mean_fixed.zero_()
+    with torch.no_grad():
+        layer.mean_weight.zero_()
+    set_radius(layer, 0.0)
+    assert layer.selected == (None, None)
+    set_radius(layer, 0.0)
+    assert layer.known_choices() == (None, None)
