@@ -8,6 +8,7 @@ from torch import nn
 from ssn_plugin.layers.convert import replace_layers
 from ssn_plugin.layers.plain_norms import (
     BatchNorm,
+    GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
@@ -15,8 +16,8 @@ from ssn_plugin.layers.plain_norms import (
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 
-# Of each class: torch's batch norm and the instance norm for the same inputs. An SSN without a
-# number of dimensions in its name takes 2-D to 5-D input, and so must what it becomes.
+# Of each class: torch's batch norm and the instance norm for the same inputs. What an SSN without a
+# number of dimensions in its name becomes learns them from its first input.
 _TORCH_LAYERS = (
     (SSN1d, nn.BatchNorm1d, InstanceNorm1d),
     (SSN2d, nn.BatchNorm2d, InstanceNorm2d),
@@ -39,7 +40,9 @@ def collapse_ssn(model: nn.Module, native: bool = False, keep_undecided: bool = 
     ================== ============================================================================
 
     ``SSN1d`` and ``SSN3d`` become the 1d and 3d layers. An ``SSN`` without a number in its name
-    takes any number of dimensions; it becomes subclasses of the 2d layers that do so too.
+    takes any number of dimensions; its BatchNorm learns from the first input which of torch's it
+    is. Instance and group norms are subclasses of torch's: they take maps of 1 x 1, and are exact
+    in ONNX. For ``torch.fx`` all of them are leaves, as torch's own are.
 
     The output in evaluation stays the same up to rounding. In training the new layers are what
     their names say: they differ from the SSN only for 'BN' with ``correction=1``, whose batch
@@ -147,9 +150,9 @@ def _collapsed(layer: SSN, mean: str, var: str, native: bool) -> nn.Module:
         elif groups == size:
             made = instance_norm(size, eps, affine=affine)
         else:
-            made = nn.GroupNorm(groups, size, eps, affine)
+            made = GroupNorm(groups, size, eps, affine)
     for name in ('weight', 'bias'):
-        old = layer._parameters[name]
+        old = getattr(layer, name)
         if old is not None:
             made._parameters[name] = nn.Parameter(old.detach().clone(), old.requires_grad)
     for name in ('running_mean', 'running_var', 'num_batches_tracked'):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ssn_plugin.errors import CheckpointError
 from ssn_plugin.functional import check_layer, check_normalizers, groups_of
+from ssn_plugin.layers.fx_leaf import as_leaf, is_symbolic
 from ssn_plugin.ops.switchable_norm.dispatch import switchable_norm
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm as exportable_norm
 from ssn_plugin.ops.switchable_norm.ratios import Control, ratio_tensors
@@ -163,6 +164,8 @@ class StatisticsNorm(nn.Module):
                 floating-point.
             RuntimeError: Inside a transform of ``torch.func``, such as ``vmap``.
         """
+        if is_symbolic(x):
+            return as_leaf(self, x)
         weight, bias = self._tensor('weight'), self._tensor('bias')
         if not self.training and self._is_recorded():
             given = self._batch_statistics(x).given

@@ -248,18 +248,21 @@ def test_undecided_layers_are_kept():
     x = torch.randn(2, CHANNELS, 5, 7)
     y = model(x)
     collapse_ssn(model, keep_undecided=True)
-    assert [type(m) for m in model] == [nn.GroupNorm, nn.Sequential, SSN]
+    assert [type(m) for m in model] == [plain_norms.GroupNorm, nn.Sequential, SSN]
     assert isinstance(model[1][0], SSN)
     assert_same(model(x), y)
 
 
-def test_one_hot_but_not_frozen_is_decided():
+def test_one_hot_ratios_that_may_move_are_no_choice():
     layer = SSN(CHANNELS)
     with torch.no_grad():
         for parameter in (layer.mean_weight, layer.var_weight):
             parameter[0] = 2
-    assert int(layer.mean_fixed) == 0
-    assert choices_of(nn.Sequential(layer)) == {'0': ('IN', 'IN')}
+    model = nn.Sequential(layer)
+    with pytest.raises(ValueError, match='got 1 undecided of 1 SSN layers'):
+        choices_of(model)
+    set_radius(model, 0.1)
+    assert choices_of(model) == {'0': ('IN', 'IN')}
 
 
 def test_choices_for_what_is_no_ssn():

@@ -11,6 +11,7 @@ from torch import nn
 
 from ssn_plugin import SSN, SelectedNorm, collapse_ssn
 from ssn_plugin.deploy.collapse import choices_of
+from ssn_plugin.layers.plain_norms import GroupNorm
 from ssn_plugin.models.collapsed_model import collapsed_config
 
 
@@ -111,4 +112,4 @@ def test_a_class_as_type():
     config = Config(dict(model=dict(type=SSN, num_features=4)))
     made = collapsed_config(config, {'': ('LN', 'LN')})
     assert made.model.base == 'ssn_plugin.layers.ssn.SSN'
-    assert type(MODELS.build(made.model)) is nn.GroupNorm
+    assert type(MODELS.build(made.model)) is GroupNorm
