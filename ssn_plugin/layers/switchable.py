@@ -1,7 +1,8 @@
 """What the layers share: parameters, running statistics, input checks, state dict."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,17 @@ from ssn_plugin.torch_versions import is_compiling
 _CANDIDATES = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
 
 _warned = False
+
+
+@contextmanager
+def _not_traced() -> Iterator[None]:
+    """Keep what is computed out of the graph that torch.jit.trace makes."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def _recomputes() -> bool:
@@ -252,7 +264,8 @@ class SwitchableNorm(StatisticsNorm):
         return Control(self._tensor('mean_weight'), self._tensor('var_weight'), 'softmax')
 
     def _constant_ratios(self) -> tuple[list[float], list[float]]:
-        return self.mean_ratios.tolist(), self.var_ratios.tolist()
+        with _not_traced():  # exporters stumble over how the ratios come about
+            return self.mean_ratios.tolist(), self.var_ratios.tolist()
 
     @property
     def mean_ratios(self) -> Tensor:

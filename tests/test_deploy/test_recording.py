@@ -1,11 +1,14 @@
 """torch.export and torch.jit.trace of collapsed layers hold for every size of input."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from random_state import randomize_affine_and_running
 from torch import nn
 
-from ssn_plugin import SN, SSN, SSN1d, collapse_ssn, hold_ratios, set_radius
+from ssn_plugin import SN, SSN, SSN1d, SyncSSN, collapse_ssn, hold_ratios, set_radius
 
 NORMALIZERS = ('IN', 'LN', 'BN', 'GN')
 KINDS = ['IN', 'LN', 'BN', 'GN', 'LN/BN', 'GN/IN', 'a mixture', 'SN']
@@ -59,3 +62,41 @@ def test_rows_of_any_length(kind):
     for run in recorded(model, torch.randn(2, 6, 5)):
         for x, y in zip(inputs, expected, strict=True):
             torch.testing.assert_close(run(x), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('correction', [0, 1])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('layer', [SSN, SyncSSN])
+def test_tracing_what_was_not_collapsed(kind, correction, layer):
+    """In evaluation the ratios are constants, whether the layer is decided or not."""
+    model = network(kind, correction, layer)
+    inputs = [torch.randn(s) + 1 for s in ((1, 6, 9, 13), (3, 6, 1, 1), (4, 6, 31, 1))]
+    traced = torch.jit.trace(model, torch.randn(2, 6, 5, 7))
+    frozen = torch.jit.freeze(traced)
+    held = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith('_weight'):  # of which the recorded ratios know nothing any more
+                parameter.add_(torch.arange(4.0))
+    for x in inputs:
+        for run in (traced, frozen):
+            torch.testing.assert_close(run(x), held(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_torchscript_exporter_takes_what_was_not_collapsed(kind, tmp_path):
+    pytest.importorskip('onnx')
+    runtime = pytest.importorskip('onnxruntime')
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), network(kind, 0), nn.ReLU()).eval()
+    path = str(tmp_path / 'net.onnx')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.onnx.export(
+            model, (torch.randn(2, 3, 20, 24),), path, opset_version=17, dynamo=False,
+            input_names=['x'], output_names=['y'], dynamic_axes={'x': {0: 'n', 2: 'h', 3: 'w'}},
+        )  # fmt: skip
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for shape in ((1, 3, 40, 31), (3, 3, 3, 3)):
+        x = torch.randn(shape)
+        (found,) = session.run(None, {'x': x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-5, atol=1e-5)
