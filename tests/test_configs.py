@@ -35,6 +35,8 @@ STEM = re.compile(
     r'|deeplabv3(?:plus)?_r50-d8_(?:ssn-all|syncbn|gn-all|sn-all)'
     r'_(?:4xb2-80k_cityscapes-512x1024|4xb4-80k_ade20k-512x512))'
 )
+# Their siblings on one GPU: number of images, and what else stands in the name of the parent.
+ONE_GPU = re.compile(r'(.*)_1xb([12])-(\w+?)_(.*)')
 # By the name in a config's file name; the first class that fits counts.
 NORMS = {
     'syncssn': SyncSSN,
@@ -130,16 +132,42 @@ def seed() -> None:
 
 def test_configs_exist() -> None:
     # 3 networks x 4 norms on COCO, 2 networks x 4 norms on each of the other two
-    assert Counter(path.parent.name for path in TASK_CONFIGS) == {
-        'coco': 12,
-        'cityscapes': 8,
-        'ade20k': 8,
-    }
+    own = [path for path in TASK_CONFIGS if not ONE_GPU.match(path.stem)]
+    assert Counter(path.parent.name for path in own) == {'coco': 12, 'cityscapes': 8, 'ade20k': 8}
+    others = [path for path in TASK_CONFIGS if path not in own]
+    assert Counter(path.parent.name for path in others) == {'coco': 3, 'cityscapes': 2, 'ade20k': 1}
+    assert {norm_of(path) for path in others} == {'ssn'}
+
+
+def parent_of(path: Path) -> Path:
+    """The config of several GPUs that one of a single GPU is for."""
+    network, _, schedule, data = ONE_GPU.match(path.stem).groups()
+    several = {'coco': schedule, 'cityscapes': f'4xb2-{schedule}', 'ade20k': f'4xb4-{schedule}'}
+    return path.with_name(f'{network}_{several[path.parent.name]}_{data}.py')
+
+
+@pytest.mark.parametrize(
+    'path', [path for path in TASK_CONFIGS if ONE_GPU.match(path.stem)], ids=name_of
+)
+def test_a_config_of_one_gpu_changes_images_and_learning_rate(path: Path) -> None:
+    ours, parents = load(path), load(parent_of(path))
+    images = int(ONE_GPU.match(path.stem)[2])
+    gpus = 8 if path.parent.name == 'coco' else 4
+    share = images / (gpus * parents.train_dataloader.batch_size)
+    assert ours.train_dataloader.batch_size == images
+    rates = [cfg.optim_wrapper.optimizer.pop('lr') for cfg in (ours, parents)]
+    assert rates[0] == pytest.approx(rates[1] * share)
+    assert ours.model.backbone.pop('norm_eval')  # the decided backbone on its stored statistics
+    parents.model.backbone.pop('norm_eval')
+    for cfg in (ours, parents):
+        cfg.train_dataloader.pop('batch_size')
+        cfg.pop('auto_scale_lr', None)
+    assert ours.to_dict() == parents.to_dict()
 
 
 @pytest.mark.parametrize('path', TASK_CONFIGS, ids=name_of)
 def test_file_name_follows_pattern(path: Path) -> None:
-    assert STEM.fullmatch(path.stem)
+    assert STEM.fullmatch((parent_of(path) if ONE_GPU.match(path.stem) else path).stem)
     assert path.stem.split('_')[-1].split('-')[0] == path.parent.name
 
 
@@ -240,7 +268,23 @@ def test_ssn_configs_carry_the_training_rules(path: Path) -> None:
         assert cfg.optim_wrapper.paramwise_cfg == rules
     if uses_ssn:
         hook = hooks['SSNRadiusHook']
-        assert (hook.begin, hook.end, hook.start_radius, hook.end_radius) == (0.0, 1.0, 0.0, 1.0)
+        assert (hook.begin, hook.end, hook.start_radius, hook.end_radius) == (0.0, 0.3, 0.0, 1.0)
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if norm_of(p) == 'ssn'], ids=name_of)
+def test_layers_that_have_yet_to_choose_have_the_one_variable(path: Path) -> None:
+    cfg = load(path, 'model.backbone.init_cfg=None')
+    init_default_scope(cfg.default_scope)
+    shipped = Config.fromfile(ROOT / 'configs/_base_/ssn_training.py').ssn_norm.normalizers
+    released = path in TASK_CONFIGS  # whose weights decide the backbone
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, SSN):
+            papers = released and name.startswith('backbone.')
+            assert layer.normalizers == (('IN', 'LN', 'BN') if papers else shipped), name
+            if not papers:  # GN is another normalizer than IN and LN
+                assert 1 < layer.num_groups < layer.num_features, name
 
 
 def repr_of(model_cfg: dict) -> str:
@@ -314,7 +358,7 @@ def test_own_config_needs_the_fragment_alone(tmp_path: Path) -> None:
     fragment = ROOT / 'configs/_base_/ssn_training.py'
     (tmp_path / 'own.py').write_text(
         f"_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', '{fragment}']\n"
-        "model = dict(neck=dict(norm_cfg=dict(type='SSN')))\n"
+        'model = dict(neck=dict(norm_cfg=_base_.ssn_norm))\n'
         'optim_wrapper = {{_base_.ssn_optim_wrapper}}\n'
     )
     cfg = load(tmp_path / 'own.py', 'model.backbone.init_cfg=None')
@@ -358,6 +402,7 @@ def test_metafile_names_each_config_and_no_other(folder: str) -> None:
         assert meta.get('Epochs') == cfg.train_cfg.get('max_epochs')
         assert meta.get('Iterations') == cfg.train_cfg.get('max_iters')
         gpus = 8 if folder in ('coco', *ELSEWHERE) else 4
+        gpus = 1 if ONE_GPU.match(model['Name']) else gpus
         assert meta['Batch Size'] == gpus * cfg.train_dataloader.batch_size
 
 

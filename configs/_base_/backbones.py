@@ -10,8 +10,7 @@ gn_r50 = dict(
     init_cfg=dict(type='Pretrained', checkpoint={{_base_.pretrained.gn_r50}}),
 )
 
-# SN and SSN keep the BN part of their statistics live and per GPU (norm_eval=False), as the authors
-# of SN fine-tune; mmdet's norm_eval=True is for BatchNorm alone, whose batch of 2 is too small.
+# SN keeps the BN part of its statistics live and per GPU (norm_eval=False), as its authors do.
 sn_r50 = dict(
     type='SSNResNet',
     norm_cfg=dict(type='SN'),
@@ -23,11 +22,14 @@ ssn_r50 = dict(
     type='SSNResNet',
     # The released weights were trained with unbiased variances (correction=1), running variance
     # included, and a running average that moves by 0.003 a step: fine-tuning goes on the same way.
-    # Layers without released weights (FPN, heads) take the defaults of `dict(type="SSN")`.
+    # Layers without released weights (FPN, heads) take `ssn_norm` of ssn_training.py.
     norm_cfg=dict(type='SSN', correction=1, momentum=0.003),
-    norm_eval=False,
+    # These layers are decided, and 2 images per GPU are too small a batch for those that chose BN,
+    # as mmdet has it for BatchNorm: they keep the statistics of the pre-training. Layers that have
+    # yet to choose (`bn2ssn://`) need norm_eval=False.
+    norm_eval=True,
     init_cfg=dict(type='Pretrained', checkpoint={{_base_.pretrained.ssn_r50}}),
 )
 
-# For segmentation, where SyncBN is the custom.
-sync_ssn_r50 = dict(ssn_r50, norm_cfg=dict(ssn_r50['norm_cfg'], type='SyncSSN'))
+# For segmentation, where SyncBN is the custom: live statistics, over the images of all GPUs.
+sync_ssn_r50 = dict(ssn_r50, norm_cfg=dict(ssn_r50['norm_cfg'], type='SyncSSN'), norm_eval=False)

@@ -4,7 +4,7 @@ _base_ = [
     './deeplabv3plus_r50-d8_syncbn_4xb4-80k_ade20k-512x512.py',
     '../_base_/ssn_training.py',
 ]
-norm_cfg = dict(type='SyncSSN')
+norm_cfg = dict(_base_.ssn_norm, type='SyncSSN')
 model = dict(
     backbone={{_base_.sync_ssn_r50}},
     decode_head=dict(norm_cfg=norm_cfg),

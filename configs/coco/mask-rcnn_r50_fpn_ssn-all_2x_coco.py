@@ -1,7 +1,7 @@
 """Mask R-CNN R50-FPN, 2x, SSN in backbone, FPN, box head and mask head, none in the RPN."""
 
 _base_ = ['./mask-rcnn_r50_fpn_bn-all_2x_coco.py', '../_base_/ssn_training.py']
-norm_cfg = dict(type='SSN')
+norm_cfg = _base_.ssn_norm
 model = dict(
     backbone={{_base_.ssn_r50}},
     neck=dict(norm_cfg=norm_cfg),

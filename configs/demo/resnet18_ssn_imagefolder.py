@@ -18,7 +18,7 @@ size = 64
 max_epochs = 20
 
 model = dict(
-    backbone=dict(norm_cfg=dict(_delete_=True, type='SSN')),
+    backbone=dict(norm_cfg=dict(_base_.ssn_norm, _delete_=True)),
     head=dict(num_classes=num_classes, dropout=0.2, topk=(1,)),
 )
 data_preprocessor = dict(

@@ -16,9 +16,10 @@ model = dict(
 )
 optim_wrapper = {{_base_.ssn_optim_wrapper}}
 default_hooks = {{_base_.ssn_default_hooks}}
-# As in ssn_training.py, with fewer records: a run has 500k iterations.
 custom_hooks = [
-    _base_.custom_hooks[0],
+    # As the authors trained: candidates (IN, LN, BN), and a radius that grows over the whole run.
+    dict(type='SSNRadiusHook'),
+    # As in ssn_training.py, with fewer records: a run has 500k iterations.
     dict(type='SSNRatioHook', interval=100),
     _base_.custom_hooks[2],
 ]

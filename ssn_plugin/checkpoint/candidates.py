@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
+
 # Where nothing names the candidates, these are the defaults for so many of them.
 _DEFAULTS = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
 _LAYER_TYPE = re.compile(r'^([\w.]+\.)?(Sync)?SS?N([123]d)?$')
@@ -18,10 +20,12 @@ class Candidates(NamedTuple):
     Attributes:
         backbone: Those of the backbone's layers, ``()`` where nothing tells.
         configured: Those of all layers by their number, of :func:`configured_candidates`.
+        layers: Those of single layers by their names, which is more than the others tell.
     """
 
     backbone: tuple[str, ...] = ()
     configured: Mapping[int, tuple[str, ...]] = {}
+    layers: Mapping[str, tuple[str, ...]] = {}
 
     def of(self, layer: str, count: int, keys: Iterable[str]) -> tuple[str, ...]:
         """Those of one layer, ``()`` where they are not known.
@@ -33,6 +37,8 @@ class Candidates(NamedTuple):
             count: How many there are.
             keys: Of the state dict. Where some begin with ``backbone.``, others are of no backbone.
         """
+        if len(self.layers.get(layer, ())) == count:
+            return self.layers[layer]
         if not (self.backbone or self.configured):
             return _DEFAULTS.get(count, ())
         if len(self.backbone) == count and (
@@ -61,6 +67,33 @@ def candidate_names(
     if ('BN' in names) < (f'{layer}.running_mean' in state) or not names:
         return tuple(map(str, range(count)))
     return names
+
+
+def recorded_candidates(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Name of a layer -> its candidates, as the layers themselves record them in a state dict.
+
+    Args:
+        state: State dict. One that was copied by hand has lost the record.
+
+    Example:
+        >>> from torch import nn
+        >>> from ssn_plugin import SSN
+        >>> from ssn_plugin.checkpoint.candidates import recorded_candidates
+        >>> model = nn.Sequential(SSN(8), SSN(8, normalizers=('LN', 'GN', 'BN')))
+        >>> recorded_candidates(model.state_dict())
+        {'0': ('IN', 'LN', 'BN'), '1': ('LN', 'GN', 'BN')}
+    """
+    record = getattr(state, '_metadata', None) or {}
+    return {
+        name.removeprefix('module.'): tuple(entry['normalizers'])
+        for name, entry in record.items()
+        if are_candidates(entry.get('normalizers'))
+    }
+
+
+def are_candidates(names: object) -> bool:
+    """Whether something read from a file names normalizers."""
+    return isinstance(names, list | tuple) and all(name in NORMALIZERS for name in names)
 
 
 def configured_candidates(config: str) -> dict[int, tuple[str, ...]]:

@@ -8,9 +8,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ssn_plugin.checkpoint.candidates import Candidates, configured_candidates
+from ssn_plugin.checkpoint.candidates import (
+    Candidates,
+    are_candidates,
+    configured_candidates,
+    recorded_candidates,
+)
+from ssn_plugin.checkpoint.files import weights_entry
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
 
 
 def traits_of(backbone: nn.Module) -> dict[str, object]:
@@ -47,16 +52,15 @@ def told_traits(checkpoint: Mapping) -> dict[str, object]:
     meta = checkpoint.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
     told = {}
-    normalizers = meta.get('normalizers')
-    if isinstance(normalizers, list | tuple) and all(name in NORMALIZERS for name in normalizers):
-        told['normalizers'] = list(normalizers)
+    if are_candidates(meta.get('normalizers')):
+        told['normalizers'] = list(meta['normalizers'])
     if meta.get('stem_padding') in (0, 1):
         told['stem_padding'] = int(meta['stem_padding'])
     return told
 
 
 def told_candidates(checkpoint: Mapping) -> Candidates:
-    """What a checkpoint tells of the candidates of its layers: in ``meta`` and by its config.
+    """What a checkpoint tells of the candidates of its layers: in itself, ``meta`` and config.
 
     Args:
         checkpoint: What a file holds.
@@ -64,11 +68,13 @@ def told_candidates(checkpoint: Mapping) -> Candidates:
     Example:
         >>> from ssn_plugin.checkpoint.traits import told_candidates
         >>> told_candidates({'meta': {'normalizers': ['BN', 'LN']}, 'state_dict': {}})
-        Candidates(backbone=('BN', 'LN'), configured={})
+        Candidates(backbone=('BN', 'LN'), configured={}, layers={})
     """
     meta = checkpoint.get('meta')
-    config = meta.get('cfg') if isinstance(meta, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    config, entry = meta.get('cfg'), weights_entry(checkpoint)
     return Candidates(
         tuple(told_traits(checkpoint).get('normalizers', ())),
         configured_candidates(config) if isinstance(config, str) else {},
+        recorded_candidates(checkpoint if entry is None else checkpoint[entry]),
     )

@@ -8,10 +8,12 @@ from released_files import save
 from torch import nn
 
 from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin.analysis.layer_ratios import layer_ratios_of_state
+from ssn_plugin.checkpoint.candidates import recorded_candidates
 from ssn_plugin.checkpoint.files import read_checkpoint
 from ssn_plugin.checkpoint.inspection import inspect_checkpoint
 from ssn_plugin.checkpoint.publish import publish_backbone
-from ssn_plugin.checkpoint.traits import told_traits, traits_of
+from ssn_plugin.checkpoint.traits import told_candidates, told_traits, traits_of
 from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
 from ssn_plugin.errors import CheckpointError
 
@@ -61,3 +63,29 @@ def test_training_tells_them(tmp_path):
     SSNRadiusHook().before_save_checkpoint(SimpleNamespace(model=model), checkpoint)
     expected = {'epoch': 1, 'normalizers': list(ORDER), 'stem_padding': 1}
     assert checkpoint['meta'] == expected
+
+
+def test_layers_of_a_head_are_named_by_their_own_candidates(tmp_path):
+    others = ('LN', 'GN', 'BN')
+    model = nn.ModuleDict({'backbone': SSN(4), 'neck': SSN(4, normalizers=others, num_groups=2)})
+    set_radius(model, 1.0)
+    config = "a = dict(type='SSN')\nb = dict(type='SSN', normalizers=('LN', 'GN', 'BN'))"
+    checkpoint = {'meta': {'cfg': config}, 'state_dict': model.state_dict()}
+    SSNRadiusHook().before_save_checkpoint(SimpleNamespace(model=model), checkpoint)
+    read = read_checkpoint(save(checkpoint, tmp_path / 'model.pth'))
+    found = layer_ratios_of_state(read['state_dict'], told_candidates(read))
+    assert {row.layer: tuple(row.ratios('mean')) for row in found} == {
+        'backbone': ('IN', 'LN', 'BN'),
+        'neck': others,
+    }
+    # Copied by hand, without the record, they have no names; never wrong ones.
+    read['state_dict'] = dict(read['state_dict'])
+    found = layer_ratios_of_state(read['state_dict'], told_candidates(read))
+    assert tuple(found[1].ratios('mean')) == ('0', '1', '2')
+
+
+@pytest.mark.parametrize('record', [None, {}, {'neck': {}}, {'neck': {'normalizers': ['XN']}}])
+def test_a_strange_record_tells_nothing(record):
+    state = SSN(4).state_dict()
+    state._metadata = record
+    assert recorded_candidates(state) == {}

@@ -1,0 +1,7 @@
+"""Mask R-CNN R50-FPN, 2x, SSN in backbone, FPN, box head and mask head, on one GPU."""
+
+_base_ = './mask-rcnn_r50_fpn_ssn-all_2x_coco.py'
+train_dataloader = dict(batch_size=1)
+# 1 image: a sixteenth of the learning rate for 16.
+optim_wrapper = dict(optimizer=dict(lr=0.00125))
+auto_scale_lr = dict(base_batch_size=1)
