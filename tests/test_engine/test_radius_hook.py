@@ -35,7 +35,7 @@ def log_of(runner):
 
 
 def warnings_of(runner):
-    return [line for line in log_of(runner).splitlines() if 'SSNRadiusHook:' in line]
+    return [line for line in log_of(runner).splitlines() if 'WARNING - SSNRadiusHook:' in line]
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_a_better_rule_at_few_images_is_told(images, normalizers, radius, told):
     set_radius(model, radius)
     runner = Mock(model=model, train_dataloader=Mock(batch_size=images))
     SSNRadiusHook().before_train(runner)
-    lines = [call.args[0] for call in runner.logger.warning.call_args_list]
+    lines = [call.args[0] for call in runner.logger.info.call_args_list]
     assert len(lines) == told
     if told:
         assert f'{images} images per process' in lines[0]

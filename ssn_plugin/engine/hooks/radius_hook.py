@@ -154,7 +154,7 @@ def _tell_of_few_images(runner, layers: list[SSN]) -> None:
     images = getattr(runner.train_dataloader, 'batch_size', None)
     few = isinstance(images, int) and images <= _FEW_IMAGES
     if few and any(layer.normalizers == _PAPERS and None in layer.selected for layer in layers):
-        runner.logger.warning(
+        runner.logger.info(
             f'SSNRadiusHook: SSN layers choose among {_PAPERS} at {images} images per process, '
             'where norm_cfg=dict(type="SSN", normalizers=("LN", "GN", "BN")) and '
             'dict(type="SSNRadiusHook", end=0.3) do better (studies/defaults/README.md)'
