@@ -7,7 +7,7 @@ _base_ = [
     '../_base_/action_runtime.py',
     '../_base_/ssn_training.py',
 ]
-model = dict(backbone=dict(norm_cfg=dict(_delete_=True, type='SSNNamedBN')))
+model = dict(backbone=dict(norm_cfg=dict(_base_.ssn_norm, _delete_=True, type='SSNNamedBN')))
 optim_wrapper = {{_base_.ssn_optim_wrapper}}
 default_hooks = {{_base_.ssn_default_hooks}}
 # As in ssn_training.py, with fewer records: a run has 480k iterations.

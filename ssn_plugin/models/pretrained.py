@@ -134,8 +134,10 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
     warn_of_padding(backbone, checkpoint, path)
     chosen = selections(
         {key: value for key, value in state.items() if key in own},
-        Candidates(tuple(traits.get('normalizers', ()))),
+        Candidates(backbone=tuple(traits.get('normalizers', ()))),
     )
+    if ratio is None and 'normalizers' in told:  # the record of the layers is lost in a copy
+        state._metadata = {name: {'normalizers': told['normalizers']} for name in chosen}
     counters = sum(key.endswith('.num_batches_tracked') for key in own)  # released files have none
     decided = sum(None not in selection for selection in chosen.values())
     count = (
