@@ -131,7 +131,7 @@ def test_data_of_that_page_is_what_it_says(tmp_path):
         dataset.data_root = str(tmp_path / 'mine' / 'coco')
         dataset.filter_cfg = None
         assert len(DATASETS.build(dataset)) == 2
-    count = next(t for t in blocks(ROOT / 'docs' / 'your-data.md', 'python') if 'json' in t)
+    count = next(t for t in blocks(ROOT / 'docs' / 'your-data.md', 'python') if 'import json' in t)
     exec(count.replace('data/mine', str(tmp_path / 'mine')), {})
 
 
