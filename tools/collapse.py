@@ -7,11 +7,8 @@ import sys
 from rich.console import Console
 
 from ssn_plugin.errors import CheckpointError, InputError
-from ssn_plugin.jobs.collapse import (
-    FOLD_TOLERANCE,
-    TOLERANCE,
-    collapse_checkpoint,
-)
+from ssn_plugin.jobs.collapse import FOLD_TOLERANCE, TOLERANCE, collapse_checkpoint
+from ssn_plugin.jobs.configs import add_config_options
 
 
 def main() -> None:
@@ -67,6 +64,7 @@ def main() -> None:
         help='largest difference of an output, relative to the largest output (default: '
         f'{TOLERANCE}, with --fold {FOLD_TOLERANCE}; with --native there is none)',
     )
+    add_config_options(parser)
     parser.add_argument('--overwrite', action='store_true', help='replace OUT and its config')
     parser.add_argument(
         '--allow-pickle', action='store_true', help='run code that is in CKPT, if you trust it'
@@ -90,6 +88,7 @@ def main() -> None:
                 args.tolerance,
                 args.overwrite,
                 args.allow_pickle,
+                args.cfg_options,
             )
     except (CheckpointError, InputError) as error:
         sys.exit(f'collapse.py: {error}')

@@ -74,6 +74,7 @@ def collapse_checkpoint(
     tolerance: float | None = None,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    options: dict | None = None,
 ) -> Collapsed:
     """Collapse the model of a training, and write it with a config that builds it.
 
@@ -96,6 +97,7 @@ def collapse_checkpoint(
             ``native``, which changes outputs.
         overwrite: Replace files of these names.
         allow_pickle: Unpickle code in ``checkpoint``, which is then trusted.
+        options: Settings that override the config's, as the training had them.
 
     Raises:
         InputError: If the config or the images cannot be used, layers are undecided, or the outputs
@@ -104,7 +106,7 @@ def collapse_checkpoint(
             written.
     """
     written = _check_places(config, checkpoint, out, overwrite)
-    settings = load_config(config)
+    settings = load_config(config, options)
     if settings.get('model') and settings.model.get('type') == NAME:
         raise InputError(f'config: {config} is that of a collapsed model')
     loaded = read_checkpoint(checkpoint, allow_pickle)

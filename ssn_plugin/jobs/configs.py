@@ -1,8 +1,9 @@
-"""Reads config files."""
+"""Reads config files, and options that change them."""
 
+import argparse
 import os
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from ssn_plugin.errors import InputError, in_one_line
 
@@ -23,3 +24,24 @@ def load_config(path: str, options: dict | None = None) -> Config:
         # mmengine raises whatever a config's own code or a bad option raises.
         raise InputError(f'config: cannot read {path}: {in_one_line(error)}') from error
     return config
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options KEY=VALUE ...``, for :func:`load_config`."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Options,
+        metavar='KEY=VALUE',
+        help='override settings of the config, e.g. train_dataloader.batch_size=1',
+    )
+
+
+class _Options(DictAction):
+    """DictAction with argparse's own error for what is no KEY=VALUE."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except ValueError:
+            parser.error(f'{option_string}: got {" ".join(values)!r}, expected KEY=VALUE pairs')

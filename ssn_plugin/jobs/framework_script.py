@@ -7,14 +7,14 @@ import runpy
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 
 from ssn_plugin.checkpoint.unpickling import refuse_code
 from ssn_plugin.engine.start_check import check_norms_asked_for
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.class_folders import check_class_folders
-from ssn_plugin.jobs.configs import load_config
+from ssn_plugin.jobs.configs import add_config_options, load_config
 from ssn_plugin.jobs.explained_errors import explained
 from ssn_plugin.jobs.last_checkpoint import last_checkpoint
 from ssn_plugin.jobs.model_check import check_norms, checked_model, start_options
@@ -66,16 +66,6 @@ def framework_script(config: Config, name: str) -> Path:
     return script
 
 
-class _Options(DictAction):
-    """DictAction with argparse's own error for what is no KEY=VALUE."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except ValueError:
-            parser.error(f'{option_string}: got {" ".join(values)!r}, expected KEY=VALUE pairs')
-
-
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of training; all but ``config`` and ``--cfg-options`` are the framework's."""
     _add_common_arguments(parser)
@@ -108,13 +98,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     # taken for positional arguments.
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_Options,
-        metavar='KEY=VALUE',
-        help='override settings of the config, e.g. train_dataloader.batch_size=1',
-    )
+    add_config_options(parser)
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 

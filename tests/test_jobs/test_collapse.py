@@ -87,6 +87,19 @@ def test_what_is_written(source, tmp_path):
     assert done.before.params == params + 6 * len(config.model.choices)
 
 
+def test_the_options_of_the_training(source, tmp_path):
+    """A model that was trained with other settings than its config file has."""
+    config = small_segmentor(correction=1)
+    config.model.decode_head.channels = 4
+    torch.save(decided_model(config).state_dict(), tmp_path / 'narrow.pth')
+    arguments = str(source / 'net.py'), str(tmp_path / 'narrow.pth'), str(tmp_path / 'out.pth')
+    with pytest.raises(CheckpointError, match='does not fit'):
+        collapse_checkpoint(*arguments, images=[str(source / 'images')])
+    options = {'model.decode_head.channels': 4}
+    done = collapse_checkpoint(*arguments, images=[str(source / 'images')], options=options)
+    assert Config.fromfile(done.config).model.decode_head.channels == 4
+
+
 def test_native_changes_outputs_and_may(source, tmp_path):
     done = collapse(source, tmp_path / 'out.pth', native=True, count=1)
     assert done.comparison.images == 1
