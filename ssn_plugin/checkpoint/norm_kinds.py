@@ -14,7 +14,9 @@ _REMEDIES = {
 }
 
 
-def norm_mismatch(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: str) -> str | None:
+def norm_mismatch(
+    own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: str, starts: bool = True
+) -> str | None:
     """Tell of a part of a network whose norms a file lacks, as it has others there, and what to do.
 
     What loads a checkpoint in mmengine leaves such norms as they are, with a line in the log.
@@ -23,6 +25,7 @@ def norm_mismatch(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path:
         own: State dict of the model.
         loaded: That of the file.
         path: The file.
+        starts: Whether a training starts from it, so that it may be converted.
 
     Returns:
         A text, or None: every part has norms of a kind that the file has there, or none.
@@ -41,7 +44,8 @@ def norm_mismatch(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path:
         if not others or kinds & others or not _SWITCHABLE & {*kinds, *others}:
             continue
         pair = (others.most_common(1)[0][0], kinds.most_common(1)[0][0])
-        remedy = _REMEDIES.get(pair, 'take the config that it was trained with')
+        other = 'take the config that it was trained with'
+        remedy = _REMEDIES.get(pair, other) if starts else other
         return (
             f'{path} has {_told(others)} in {part}, where the model has {_told(kinds)}: '
             f'{remedy.format(path=path)}'

@@ -25,19 +25,20 @@ _SSN_TYPES = ('SSN', 'SSN1d', 'SSN2d', 'SSN3d', 'SyncSSN')
 def norms_in_words(model: nn.Module) -> list[str]:
     """Which norm layers a model has, and where: of this package, then all others."""
     lines = []
-    for kind, layers in _by_kind(model, SwitchableNorm).items():
+    switchable = _by_kind(model, SwitchableNorm)
+    for kind, layers in switchable.items():
         candidates = Counter(', '.join(layer.normalizers) for layer in layers.values())
         told = '; '.join(
             names if len(candidates) == 1 else f'{names} in {count}'
             for names, count in candidates.items()
         )
         lines.append(f'{len(layers)} {kind} in {_places(layers)}; candidates {told}')
-    ssn = [layer for layer in model.modules() if isinstance(layer, SSN)]
+    ssn = sum(isinstance(layer, SSN) for layer in model.modules())
     if ssn:
-        undecided = len(undecided_layers(model))
-        lines.append(f'{len(ssn) - undecided} layers are decided, {undecided} are not')
+        lines.append(f'{ssn - len(undecided_layers(model))} of {ssn} SSN layers are decided')
+    stay = ', which stay what they are' if switchable else ''
     for kind, layers in _by_kind(model, _OTHER_NORMS).items():
-        lines.append(f'{len(layers)} {kind} in {_places(layers)}, which stay what they are')
+        lines.append(f'{len(layers)} {kind} in {_places(layers)}{stay}')
     return lines
 
 
@@ -190,7 +191,7 @@ def training_warnings(
             f'{_places(held)}: set norm_eval=False, or start from decided weights'
         )
     if images == 1:
-        yield from _one_image_warnings([layer for layer in learning.values() if layer.training])
+        yield from _one_image_warnings(layers, learning)
 
 
 def _optimizer_warnings(
@@ -214,19 +215,31 @@ def _optimizer_warnings(
         )
 
 
-def _one_image_warnings(layers: Sequence[nn.Module]) -> Iterator[str]:
+def _one_image_warnings(
+    layers: Mapping[str, nn.Module], learning: Mapping[str, nn.Module]
+) -> Iterator[str]:
     several = get_world_size() > 1
-    misled = [
-        layer
-        for layer in layers
-        if 'BN' in layer.normalizers and not (several and isinstance(layer, SyncSSN))
-    ]
+    alone = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, SSN)
+        and layer.training
+        and 'BN' in layer.normalizers
+        and not (several and isinstance(layer, SyncSSN))
+    }
+    told = 'BN computes in training what IN does, and something else in evaluation'
+    misled = {name: layer for name, layer in alone.items() if name in learning}
     if misled:
         yield (
-            f'1 image per process: in {len(misled)} undecided SSN layers BN computes in training '
-            "what IN does, and something else in evaluation: set normalizers=('IN', 'LN', 'GN') in "
-            'the norm_cfg of layers that have yet to choose, take more images, or SyncSSN over '
-            'several processes'
+            f'1 image per process: in {len(misled)} undecided SSN layers {told}: set '
+            "normalizers=('IN', 'LN', 'GN') in the norm_cfg of layers that have yet to select, "
+            'take more images, or SyncSSN over several processes'
+        )
+    settled = {n: m for n, m in alone.items() if n not in learning and 'BN' in m.selected}
+    if settled:
+        yield (
+            f'1 image per process: {len(settled)} SSN layers have selected BN, and {told}: set '
+            f'norm_eval=True for those of an SSNResNet, in {_places(settled)}'
         )
 
 

@@ -56,8 +56,8 @@ def check_norms(model: nn.Module, name: str, path: str, checkpoint: Mapping) -> 
 
     Args:
         model: The whole model.
-        name: The argument or the entry of the config that names the file. For
-            ``model.backbone.init_cfg.checkpoint`` the file is that of ``model.backbone`` alone.
+        name: ``checkpoint``, the argument of a test, or the entry of the config that names the
+            file. For ``model.backbone.init_cfg.checkpoint`` it is that of ``model.backbone`` alone.
         path: The file.
         checkpoint: What it holds.
 
@@ -78,7 +78,7 @@ def check_norms(model: nn.Module, name: str, path: str, checkpoint: Mapping) -> 
         loaded = {key.removeprefix('backbone.'): value for key, value in loaded.items()}
         loaded = {f'{found[1]}.{key}': value for key, value in loaded.items()}
         own = {key: value for key, value in own.items() if key.startswith(f'{found[1]}.')}
-    told = norm_mismatch(own, loaded, path)
+    told = norm_mismatch(own, loaded, path, starts=name != 'checkpoint')
     if told:
         raise InputError(f'{name}: {told}')
 

@@ -312,9 +312,9 @@ class SwitchableNorm(StatisticsNorm):
         warnings.warn(
             f"{type(self).__name__} got a batch of one sample in training. There 'BN' computes "
             "what 'IN' does, but in evaluation it uses running statistics: a layer that selects it "
-            "performs worse then. Leave it out with normalizers=('IN', 'LN') and a begin for "
-            'SSNRadiusHook, take more samples per process, or let several processes share '
-            'statistics with SyncSSN.',
+            "performs worse then. Set normalizers=('IN', 'LN', 'GN') in layers that have yet to "
+            'select, take more samples per process, or let several processes share statistics with '
+            'SyncSSN.',
             stacklevel=5,
         )
 

@@ -50,6 +50,11 @@ def test_what_is_as_it_should_be(own, loaded):
     assert norm_mismatch(state(**own), state(**loaded), 'f.pth') is None
 
 
+def test_a_file_that_is_tested_is_not_to_be_converted():
+    text = norm_mismatch(state(a=[SSN(4)]), state(a=[BN(4)]), 'f.pth', starts=False)
+    assert text.endswith('take the config that it was trained with')
+
+
 def test_one_part_of_several():
     own = state(backbone=[BN(4)], neck=[SSN(4)])
     loaded = state(backbone=[BN(4)], neck=[BN(4)])

@@ -33,8 +33,8 @@ def trained(make_runner, hooks=HOOKS, **overrides):
 def test_a_sound_run_has_facts_alone(make_runner):
     block = trained(make_runner, validate=True)
     assert '2 SSN in norm1 (1), norm2 (1); candidates IN, LN, BN' in block
-    assert '0 layers are decided, 2 are not' in block
-    assert '3 images per process' in block
+    assert '0 of 2 SSN layers are decided' in block
+    assert 'images per process: 3' in block
     assert 'WARNING' not in block
 
 
@@ -69,7 +69,7 @@ def test_decided_layers_need_no_radius(make_runner):
     set_radius(runner.model, 1.0)
     runner.train()
     assert 'WARNING' not in block_of(runner)
-    assert '2 layers are decided, 0 are not' in block_of(runner)
+    assert '2 of 2 SSN layers are decided' in block_of(runner)
 
 
 def test_no_constructor_for_control_parameters(make_runner):
@@ -103,7 +103,7 @@ def test_one_image_per_process(make_runner):
         collate_fn=dict(type='default_collate'),
     )
     block = trained(make_runner, train_dataloader=loader)
-    assert '1 images per process' in block
+    assert 'images per process: 1' in block
     assert 'WARNING 1 image per process: in 2 undecided SSN layers' in block
     assert "normalizers=('IN', 'LN', 'GN')" in block
     no_bn = dict(type='ToyNet', norm_cfg=dict(type='SSN', normalizers=('IN', 'LN')))
@@ -168,6 +168,21 @@ def test_one_image_where_processes_share_their_statistics(monkeypatch):
     monkeypatch.setattr(start_check, 'get_world_size', lambda: 2)
     assert not warnings_of(model, images=1)
     assert warnings_of(Net(a=SSN(4)), images=1)
+
+
+def test_one_image_and_layers_that_have_selected_bn():
+    model = Net(backbone=Backbone(False, True))
+    with torch.no_grad():
+        model.backbone.layers[0].mean_weight[2] = 1
+        model.backbone.layers[1].mean_weight[0] = 1
+        model.backbone.layers[1].var_weight[0] = 1
+        model.backbone.layers[0].var_weight[0] = 1
+    set_radius(model, 1.0)
+    (warning,) = warnings_of(model, images=1)
+    assert warning.startswith('1 image per process: 1 SSN layers have selected BN')
+    assert 'norm_eval=True' in warning
+    model.backbone.norm_eval = True
+    assert not warnings_of(model, images=1)
 
 
 def test_control_parameters_of_sn_too():

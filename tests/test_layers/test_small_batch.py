@@ -37,7 +37,7 @@ def chosen(name: str) -> SSN:
 def test_once_with_the_ways_out(kind):
     (text,) = told(nn.Sequential(kind(4), kind(4)))
     assert text.startswith(f'{kind.__name__} got a batch of one sample in training.')
-    assert "normalizers=('IN', 'LN')" in text
+    assert "normalizers=('IN', 'LN', 'GN')" in text
     assert 'SyncSSN' in text
     assert not told(kind(4))
 

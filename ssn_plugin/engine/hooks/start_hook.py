@@ -47,7 +47,7 @@ class SSNStartHook(Hook):
             config,
             _optimizers(runner.optim_wrapper),
         )
-        facts = [f'{images} images per process'] if images else []
+        facts = [f'images per process: {images}'] if images else []
         self._tell(runner, model, facts, list(warnings))
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
