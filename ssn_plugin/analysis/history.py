@@ -1,18 +1,22 @@
 """``ratios.jsonl``: how the importance ratios of a training moved, written line by line.
 
-The first line tells what stays the same, every other one the state after some iteration::
+A run begins with a line that tells what stays the same; every other one is the state after some
+iteration::
 
-    {"layers": [{"layer": "backbone.sn1", "normalizers": ["IN", "LN", "BN"], "channels": 64,
-     "sparse": true}, ...], "about": {"max_iters": 800, "versions": {...}}}
-    {"iter": 10, "radius": 0.0125, "decided": 0, "loss": 1.31, "mean": [[0.33, 0.33, 0.34], ...],
-     "var": ..., "mean_fixed": [0, ...], "var_fixed": ...}
+    {"run": "20260102_030405_77", "layers": [{"layer": "backbone.sn1", "normalizers": ["IN", "LN",
+     "BN"], "channels": 64, "sparse": true}, ...], "about": {"max_iters": 800, "versions": {...}}}
+    {"run": "20260102_030405_77", "iter": 10, "radius": 0.0125, "decided": 0, "loss": 1.31,
+     "mean": [[0.33, 0.33, 0.34], ...], "var": ..., "mean_fixed": [0, ...], "var_fixed": ...}
 
 Lists follow the order of the layers. ``loss`` is averaged since the line before; ``radius`` is that
-of the layers that follow the schedule.
+of the layers that follow the schedule. What is NaN or infinite is null. Several runs in one folder,
+one after the other or at once, are told apart by ``run``; files of older versions have none.
 """
 
 import json
 import math
+import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,11 +39,13 @@ class History(NamedTuple):
             ``sparse``, which is true of an SSN and false of an SN.
         about: Facts of the run: ``max_iters``, ``versions``.
         lines: The records, in the order of their ``iter``.
+        runs: Names of all runs in the file, in the order in which they began.
     """
 
     layers: list[dict]
     about: dict
     lines: list[dict]
+    runs: tuple[str, ...] = ()
 
     def rows(self, index: int = -1) -> list[LayerRatios]:
         """The layers at one record, the last one by default."""
@@ -49,8 +55,8 @@ class History(NamedTuple):
             LayerRatios(
                 layer['layer'],
                 tuple(layer['normalizers']),
-                tuple(mean),
-                tuple(var),
+                tuple(map(_number, mean)),
+                tuple(map(_number, var)),
                 line['radius'] if layer['sparse'] else None,
                 bool(mean_fixed),
                 bool(var_fixed),
@@ -81,12 +87,26 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def start_history(
-    path: Path, rows: Sequence[LayerRatios], about: Mapping[str, object], iteration: int = 0
-) -> None:
-    """Begin a file, or go on with that of a resumed run.
+    path: Path,
+    rows: Sequence[LayerRatios],
+    about: Mapping[str, object],
+    iteration: int = 0,
+    run: str | None = None,
+) -> str:
+    """Begin a file, a new run in a file, or go on with the run that is resumed.
 
-    Lines after the iteration at which the run resumes are dropped, as are a line that a kill cut
-    off and the lines of other layers.
+    Of a resumed run, lines after the iteration at which it resumes are dropped, and all where its
+    layers are others now. Dropped, too, are a line that a kill cut off and what is no history.
+
+    Args:
+        path: File to write.
+        rows: Layers of the model.
+        about: Facts of the run.
+        iteration: Iterations done.
+        run: Name of the run that is resumed; None is the last one in the file.
+
+    Returns:
+        Name of the run, for :func:`append_to_history`.
     """
     layers = [
         dict(
@@ -97,21 +117,41 @@ def start_history(
         )
         for row in rows
     ]
-    lines = []
-    if iteration and path.is_file():
-        try:
-            before = read_history(path)
-        except HistoryError:
-            before = History([], {}, [])
-        if before.layers == layers:
-            lines = [line for line in before.lines if line['iter'] <= iteration]
+    try:
+        before = _runs_in(path) if path.is_file() else {}
+    except HistoryError:
+        before = {}
+    if not iteration:
+        run = None
+    elif run is None:
+        run = next(reversed(before), None)
+    if run is None:
+        run = _new_name(before)
+    own = before.pop(run, History([], {}, []))
+    lines = [line for line in own.lines if line['iter'] <= iteration and own.layers == layers]
+    before[run] = History(layers, dict(about), lines)
     with whole_file(path) as temporary, temporary.open('w') as file:
-        for content in (dict(layers=layers, about=dict(about)), *lines):
-            file.write(json.dumps(content) + '\n')
+        for name, history in before.items():
+            content = dict(run=name, layers=history.layers, about=history.about)
+            for line in (content, *history.lines):
+                file.write(json.dumps(line, allow_nan=False) + '\n')
+    return run
+
+
+def _new_name(taken: Mapping[str, object]) -> str:
+    name = f'{time.strftime("%Y%m%d_%H%M%S")}_{os.getpid()}'
+    while name in taken:
+        name += '_again'
+    return name
 
 
 def append_to_history(
-    path: Path, iteration: int, rows: Sequence[LayerRatios], radius: float, loss: float | None
+    path: Path,
+    iteration: int,
+    rows: Sequence[LayerRatios],
+    radius: float,
+    loss: float | None,
+    run: str | None = None,
 ) -> None:
     """Add the state after an iteration.
 
@@ -121,8 +161,10 @@ def append_to_history(
         rows: The layers, in the order of the file.
         radius: Current radius of the schedule.
         loss: Training loss, None if unknown.
+        run: What :func:`start_history` returned; None where a file is of one run.
     """
-    line = dict(
+    line = {} if run is None else dict(run=run)
+    line |= dict(
         iter=iteration,
         radius=radius,
         decided=sum(row.decided for row in rows),
@@ -135,22 +177,29 @@ def append_to_history(
     for statistic in STATISTICS:
         line[f'{statistic}_fixed'] = [int(getattr(row, f'{statistic}_fixed')) for row in rows]
     with path.open('a') as file:
-        file.write(json.dumps(line) + '\n')
+        file.write(json.dumps(line, allow_nan=False) + '\n')
 
 
-def _rounded(ratio: float) -> float:
+def _number(ratio: float | None) -> float:
+    return math.nan if ratio is None else ratio
+
+
+def _rounded(ratio: float) -> float | None:
+    if not math.isfinite(ratio):
+        return None
     # Only what is one may read as one: that is what "decided" means.
     return int(ratio) if ratio in (0, 1) else min(round(ratio, 6), 0.999999)
 
 
-def read_history(path: Path) -> History:
+def read_history(path: Path, run: str | None = None) -> History:
     """Read a ``ratios.jsonl``, also while a training writes to it.
 
     Args:
         path: The file, or the work dir with it.
+        run: Which of several runs; None is the one that began last.
 
     Raises:
-        HistoryError: If there is no such file, or it is none.
+        HistoryError: If there is no such file or run, or it is none.
     """
     if path.suffix != '.jsonl':
         path = path / HISTORY_FILE
@@ -159,28 +208,44 @@ def read_history(path: Path) -> History:
             f'{path}: no such file; SSNRatioHook writes it while a config with '
             "custom_hooks=[dict(type='SSNRatioHook')] trains"
         )
+    runs = _runs_in(path)
+    run = next(reversed(runs)) if run is None else run
+    if run not in runs:
+        raise HistoryError(f'{path}: run: got {run!r}, expected one of {", ".join(runs)}')
+    return runs[run]._replace(runs=tuple(runs))
+
+
+def _runs_in(path: Path) -> dict[str, History]:
+    """The runs of a file by their names; that of an older version is ''."""
     try:
         texts = path.read_text(encoding='utf-8', errors='replace').splitlines()
     except OSError as error:
         raise HistoryError(f'{path}: cannot read it: {error.strerror}') from error
-    first = _parsed(texts[0]) if texts else None
-    if not isinstance(first, dict) or not _are_layers(first.get('layers')):
-        raise HistoryError(f'{path}: is no history of SSNRatioHook')
-    layers, about = first['layers'], first.get('about')
-    lines = []
-    for number, text in enumerate(texts[1:], 2):
+    runs: dict[str, History] = {}
+    for number, text in enumerate(texts, 1):
         line = _parsed(text)
-        if line is None and number == len(texts):
+        if line is None and number == len(texts) and runs:
             break  # it is being written, or a kill cut it off
-        if not _is_record(line, layers):
+        name = line.get('run', next(reversed(runs), '')) if isinstance(line, dict) else ''
+        if isinstance(line, dict) and _are_layers(line.get('layers')):
+            about = line.get('about')
+            runs.pop(name, None)
+            runs[name] = History(line['layers'], about if isinstance(about, dict) else {}, [])
+        elif not runs:
+            raise HistoryError(f'{path}: is no history of SSNRatioHook')
+        elif name not in runs or not _is_record(line, runs[name].layers):
             raise HistoryError(f'{path}: line {number} is no record of SSNRatioHook')
-        lines.append(line)
-    return History(layers, about if isinstance(about, dict) else {}, lines)
+        else:
+            runs[name].lines.append(line)
+    if not runs:
+        raise HistoryError(f'{path}: is no history of SSNRatioHook')
+    return runs
 
 
 def _parsed(text: str) -> object:
     try:
-        return json.loads(text)
+        # Older versions wrote NaN, which is not JSON.
+        return json.loads(text, parse_constant=lambda _: None)
     except ValueError:
         return None
 

@@ -1,10 +1,17 @@
 """SSNOptimWrapperConstructor: learning rate, weight decay and clipping of control parameters."""
 
+import logging
+import math
+
+from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
 
+from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
+from ssn_plugin.training import clip_control_gradients, without_finite_gradient
 
 _DEFAULTS = dict(ssn_lr_mult=0.1, ssn_decay_mult=0.0, ssn_clip_norm=1.0)
 
@@ -65,7 +72,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None
     ) -> None:
         """Add the parameters of a module and its children, recursively."""
-        if not isinstance(module, SwitchableNorm):
+        if not isinstance(module, SwitchableNorm | SelectedNorm):
             super().add_params(params, module, prefix, is_dcn_module)
             return
         # The base class recognises norm layers by a fixed list of types. A stand-in of such a type
@@ -84,46 +91,79 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         wrapper = super().__call__(model)
         optimizer = wrapper.optimizer
         control = _trained_control_parameters(model)
+        known = {id(parameter) for parameter in control.values()}
+        wrapper.ssn_lr_mults = []
         # In the groups that were built, because these hold the optimizer's own defaults too.
         for group in optimizer.param_groups:
-            if any(group['params'][0] is parameter for parameter in control):
-                group['lr'] *= self.paramwise_cfg['ssn_lr_mult']
+            mult = self.paramwise_cfg['ssn_lr_mult'] if id(group['params'][0]) in known else 1.0
+            wrapper.ssn_lr_mults.append(mult)
+            if id(group['params'][0]) in known:
+                group['lr'] *= mult
                 if 'weight_decay' in group:
                     decay = optimizer.defaults['weight_decay']
                     group['weight_decay'] = decay * self.paramwise_cfg['ssn_decay_mult']
-        max_norm = self.paramwise_cfg['ssn_clip_norm']
-        if max_norm is not None and control:
-            _clip_before_step(wrapper, control, max_norm)
+        if control:
+            max_norm = self.paramwise_cfg['ssn_clip_norm']
+            _Clipping(wrapper, control, math.inf if max_norm is None else max_norm)
         return wrapper
 
 
-def _trained_control_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [
-        parameter
-        for module in model.modules()
+def _trained_control_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f'{name}.{kind}': parameter
+        for name, module in unwrapped(model).named_modules()
         if isinstance(module, SwitchableNorm)
-        for parameter in (module.mean_weight, module.var_weight)
-        if parameter.requires_grad
-    ]
+        for kind in ('mean_weight', 'var_weight')
+        if (parameter := getattr(module, kind)).requires_grad
+    }
 
 
-def _clip_before_step(
-    wrapper: OptimWrapper, parameters: list[nn.Parameter], max_norm: float
-) -> None:
-    # The optimizer's step is where every wrapper has accumulated and unscaled, whatever its type.
-    def clip(optimizer, args, kwargs) -> None:
-        # A fused optimizer unscales inside its step: the gradients here still carry the factor.
-        scale = getattr(optimizer, 'grad_scale', None)
-        bound = max_norm if scale is None else max_norm * float(scale)
-        clip_grad_norm_(parameters, bound)
+class _Clipping:
+    """Clips the gradients of control parameters before every step of a wrapper."""
 
-    wrapper.optimizer.register_step_pre_hook(clip)
+    def __init__(
+        self, wrapper: OptimWrapper, control: dict[str, nn.Parameter], max_norm: float
+    ) -> None:
+        self.wrapper = wrapper
+        self.control = control
+        self.max_norm = max_norm
+        self.said = False
+        # The optimizer's step is where every wrapper has accumulated and unscaled, whatever its
+        # type.
+        wrapper.optimizer.register_step_pre_hook(self.before_step)
+        if wrapper.clip_grad_kwargs:
+            self.clip_all = wrapper._clip_grad  # called by the wrapper on unscaled gradients
+            wrapper._clip_grad = self.clip_control_then_all
 
-    if wrapper.clip_grad_kwargs:
-        clip_all = wrapper._clip_grad  # called by the wrapper on unscaled gradients
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        # A fused optimizer unscales inside its step, and leaves out one of infinite gradients: here
+        # they still carry the factor.
+        scale, infinite = (getattr(optimizer, name, None) for name in ('grad_scale', 'found_inf'))
+        if infinite is None or not bool(infinite):
+            self.clip(1.0 if scale is None else float(scale))
 
-        def clip_control_then_all() -> None:
-            clip_grad_norm_(parameters, max_norm)
-            clip_all()
+    def clip_control_then_all(self) -> None:
+        self.clip()
+        self.clip_all()
 
-        wrapper._clip_grad = clip_control_then_all
+    def clip(self, scale: float = 1.0) -> None:
+        parameters = list(self.control.values())
+        # Under a scaler it is a matter of course, and it leaves such a step out.
+        if not self.said and not hasattr(self.wrapper, 'loss_scaler'):
+            self.say(without_finite_gradient(parameters))
+        clip_control_gradients(parameters, self.max_norm * scale)
+
+    def say(self, lost: list[int]) -> None:
+        if not lost:
+            return
+        self.said = True
+        names = list(self.control)
+        iteration = self.wrapper.message_hub.runtime_info.get('iter', -1) + 1
+        print_log(
+            f'SSNOptimWrapperConstructor: the gradient of {names[lost[0]]} is NaN or infinite in '
+            f'iteration {iteration}, of {len(lost)} of {len(names)} control parameters in all'
+            f'{", as it is if the loss was" if len(lost) == len(names) else ""}; whenever that is '
+            'so, no control parameter is moved',
+            logger='current',
+            level=logging.WARNING,
+        )

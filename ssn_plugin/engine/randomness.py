@@ -5,17 +5,19 @@ sample that is loaded, in whatever process. Nothing of their state has to be in 
 """
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator
+from itertools import count, islice
 
 import numpy as np
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-# Two kinds of places, that no two of them share their numbers.
-_ITERATION, _SAMPLE = range(2)
+# Kinds of places, that no two of them share their numbers.
+_ITERATION, _SAMPLE, _ORDER = range(3)
 
 
 def _seed(*place: int) -> int:
@@ -27,7 +29,7 @@ def _seed(*place: int) -> int:
 
 @contextlib.contextmanager
 def preserved_generators() -> Iterator[None]:
-    """Leave the generators of the host as they were."""
+    """Leave the generators of the CPU as they were."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -47,48 +49,101 @@ def seed_iteration(seed: int, iteration: int) -> None:
     torch.manual_seed(_seed(seed, _ITERATION, get_rank(), iteration))
 
 
-class _Placed(int):
-    """An index with the place at which it is used: epoch and number within it."""
+class _PlacedNumber(int):
+    """An index with the place at which it is used: pass over the data and number within it."""
 
     place: tuple[int, int]
 
 
-class PlacedSampler(Sampler):
-    """The indices of a sampler, each with its place.
+class _PlacedTuple(tuple):
+    """The same where an index is a pair, as of a video and its frame."""
+
+    place: tuple[int, int]
+
+
+def _placed(index: object, place: tuple[int, int]) -> object:
+    if isinstance(index, tuple):
+        placed = _PlacedTuple(index)
+    elif hasattr(index, '__index__'):
+        placed = _PlacedNumber(index)
+    else:
+        return index
+    placed.place = place
+    return placed
+
+
+@functools.cache
+def _placing(kind: type[Sampler]) -> type[Sampler]:
+    """A kind of sampler whose indices carry their place and whose order follows from a seed."""
+    # These have generators of their own, seeded anew for every pass.
+    draws_alone = issubclass(kind, DefaultSampler | InfiniteSampler)
+
+    class Placing(kind):
+        run_seed = 0
+        run_pass = run_next = 0
+        run_begun = False
+
+        def __iter__(self) -> Iterator:
+            own_pass, indices = self.run_pass, None
+            for number in count(self.run_next):
+                with self._seeded(own_pass, number):
+                    # Some draw when the iteration begins.
+                    indices = super().__iter__() if indices is None else indices
+                    index = next(indices, None)
+                if index is None:
+                    self.run_pass, self.run_next = own_pass + 1, 0
+                    return
+                self.run_next = number + 1  # one that goes on for ever does so if begun again
+                yield _placed(index, (own_pass, number))
+
+        def begin(self, number: int) -> None:
+            """Make the next pass that of a number, as if those before had been."""
+            if not self.run_begun and not draws_alone and hasattr(self, '__len__'):
+                set_epoch = getattr(self, 'set_epoch', lambda epoch: None)
+                for self.run_pass in range(number):
+                    set_epoch(self.run_pass)
+                    self.run_next = 0
+                    for _ in islice(self, len(self)):
+                        pass
+                set_epoch(number)
+            self.run_begun = True
+            self.run_pass, self.run_next = number, 0
+
+        @contextlib.contextmanager
+        def _seeded(self, *place: int) -> Iterator[None]:
+            if draws_alone:
+                yield
+                return
+            with preserved_generators():
+                # The same numbers in every process: each takes its share of one order.
+                torch.default_generator.manual_seed(_seed(self.run_seed, _ORDER, *place))
+                yield
+
+    if hasattr(kind, 'skip'):
+
+        def skip(self, num_samples: int) -> None:
+            # mmengine calls it to skip what was trained on.
+            kind.skip(self, num_samples)
+            self.run_next = num_samples
+
+        Placing.skip = skip
+    Placing.__name__, Placing.__qualname__ = kind.__name__, kind.__qualname__
+    return Placing
+
+
+def place_indices(sampler: Sampler, seed: int) -> None:
+    """Make every index of a sampler carry its place, and its order a function of the seed.
+
+    The sampler stays the object that it is, of a class derived from its own: loaders and batch
+    samplers hold it, look at its type and at what else it has.
 
     Args:
-        sampler: One of mmengine; what else it has is found here too.
+        sampler: Of any kind.
+        seed: That of the run.
     """
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
-        self._next = 0
-        if hasattr(sampler, 'skip'):
-            # mmengine calls it on the sampler that the loader knows, to skip what was trained on.
-            self._skip, sampler.skip = sampler.skip, self.skip
-
-    def skip(self, num_samples: int) -> None:
-        """As that of the sampler."""
-        self._skip(num_samples)
-        self._next = num_samples
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = getattr(self.sampler, 'epoch', None)
-        if epoch is not None:  # others go on for ever
-            self._next = 0
-        for index in self.sampler:
-            placed = _Placed(index)
-            placed.place = (epoch or 0, self._next)
-            self._next += 1
-            yield placed
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __getattr__(self, name: str):
-        if name == 'sampler':  # not yet there while it is copied
-            raise AttributeError(name)
-        return getattr(self.sampler, name)
+    if not hasattr(sampler, 'run_begun'):
+        sampler.__class__ = _placing(type(sampler))
+    sampler.run_seed = seed
 
 
 class SeededItems:
@@ -103,11 +158,11 @@ class SeededItems:
         with preserved_generators():
             return [self._load(index) for index in indices]
 
-    def _load(self, index: int):
-        if isinstance(index, _Placed):
+    def _load(self, index: int | tuple):
+        if isinstance(index, _PlacedNumber | _PlacedTuple):
             # Without those of GPUs, which a worker process must not touch.
             torch.default_generator.manual_seed(_seed(*self.seed, *index.place))
-            index = int(index)
+            index = tuple(index) if isinstance(index, tuple) else int(index)
         return self.dataset[index]
 
 
@@ -115,14 +170,15 @@ def seed_samples(loader: DataLoader, seed: int) -> bool:
     """Make every sample that a loader loads a function of the seed, its index and its place.
 
     Returns:
-        Whether it could be done: its sampler has to be one of mmengine.
+        Whether it could be done: its batches have to be made of the indices of a sampler.
     """
-    batches = getattr(loader, 'batch_sampler', None)
-    sampler = getattr(batches, 'sampler', None)
-    if not isinstance(sampler, DefaultSampler | InfiniteSampler | PlacedSampler):
+    sampler = getattr(getattr(loader, 'batch_sampler', None), 'sampler', None)
+    if not isinstance(sampler, Sampler) or isinstance(loader.dataset, IterableDataset):
         return False
-    if not isinstance(sampler, PlacedSampler):
-        batches.sampler = PlacedSampler(sampler)
-    # Where a loader looks for a way to load a whole batch.
-    loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
+    try:
+        # Where a loader looks for a way to load a whole batch.
+        loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
+    except AttributeError:  # a list has no room for it
+        return False
+    place_indices(sampler, seed)
     return True

@@ -31,9 +31,9 @@ def work_dir(folder: Path, layers: int = 53) -> Path:
     folder.mkdir()
     (folder / 'a_config.py').write_text(CONFIG)
     about = dict(max_iters=20, versions={'torch': '2.99.9'})
-    start_history(folder / HISTORY_FILE, rows(layers), about)
+    run = start_history(folder / HISTORY_FILE, rows(layers), about)
     for iteration in (5, 10):
-        append_to_history(folder / HISTORY_FILE, iteration, rows(layers), 0.6, 1.0)
+        append_to_history(folder / HISTORY_FILE, iteration, rows(layers), 0.6, 1.0, run)
     logs = folder / '20260102_030405' / 'vis_data'
     logs.mkdir(parents=True)
     (logs / 'scalars.json').write_text(

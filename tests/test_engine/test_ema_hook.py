@@ -112,8 +112,9 @@ def test_validation_sees_the_selected_normalizers_and_training_goes_on(make_runn
     assert [None in selected for selected, _ in seen] == [True, False, False]
     assert seen[1:] == [(final, final)] * 2
     for layer in (runner.model.norm1, runner.model.norm2):
-        assert tuple(layer.mean_weight.tolist()) in ONE_HOT
-        assert tuple(layer.var_weight.tolist()) in ONE_HOT
+        assert tuple(layer.mean_ratios.tolist()) in ONE_HOT
+        assert tuple(layer.var_ratios.tolist()) in ONE_HOT
+    check_files_are_one_hot(runner.model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -548,17 +548,21 @@ def test_step_without_gradients_of_control_parameters():
     assert all((u == 0).all() for u in update.values())
 
 
-def test_frozen_control_parameters_do_not_move():
+def test_steps_leave_what_is_decided():
     model = two_norms()
     wrapper = build(model, dict(ssn_decay_mult=1.0), **SGD)
     for _ in range(3):  # momentum to carry on with
         wrapper.update_params(loss_with(model, gradients(model, 5.0)))
     set_radius(model, 1.0)
-    frozen = [parameter.detach().clone() for parameter in control_of(model)]
-    assert all(sorted(vector.tolist())[-1] == 1 for vector in frozen)
+    decided = [(layer.selected, layer.state_dict()) for layer in (model[0], model[2])]
     for _ in range(3):
         wrapper.update_params(model(torch.randn(5, 4)).square().sum())
-    assert all(map(torch.equal, frozen, control_of(model)))
+    for layer, (selected, state) in zip((model[0], model[2]), decided, strict=True):
+        assert layer.selected == selected
+        assert None not in selected
+        for name in ('mean_weight', 'var_weight'):
+            assert sorted(layer.state_dict()[name].tolist())[-2:] == [0.0, 1.0]
+            assert torch.equal(layer.state_dict()[name], state[name])
 
 
 # ---------------------------------------------------------------- a whole run

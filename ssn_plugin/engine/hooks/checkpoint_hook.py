@@ -1,12 +1,14 @@
 """SSNCheckpointHook: a run that dies while it writes a checkpoint still has the one before."""
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
 
 from ssn_plugin.checkpoint.whole_file import INCOMPLETE, whole_file
 from ssn_plugin.engine.whole_file_backend import WholeFileBackend
@@ -38,6 +40,7 @@ class SSNCheckpointHook(CheckpointHook):
         local = self.out_dir is None or '://' not in str(self.out_dir)
         if local and self.backend_args is None and self.file_client_args is None:
             self.backend_args = dict(backend='whole_file')
+        self._trains = False
 
     @contextlib.contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -46,7 +49,9 @@ class SSNCheckpointHook(CheckpointHook):
         except OSError as error:
             last = self.last_ckpt
             rest = f'resume from {last}' if last else 'there is no earlier checkpoint'
-            reason = f'{error.filename}: cannot be written: {error.strerror}'
+            reason = (
+                f'{error.filename or self.out_dir}: cannot be written: {error.strerror or error}'
+            )
             raise CheckpointError(f'{reason}; {rest}') from error
 
     def before_train(self, runner) -> None:
@@ -56,10 +61,12 @@ class SSNCheckpointHook(CheckpointHook):
             runner: mmengine's Runner.
         """
         super().before_train(runner)
+        self._trains = True
         if is_main_process() and isinstance(self.file_backend, WholeFileBackend):
             for folder, name in ((self.out_dir, '*.pth'), (runner.work_dir, 'last_checkpoint')):
                 for path in Path(folder).glob(f'{name}.*{INCOMPLETE}'):
-                    path.unlink()
+                    with contextlib.suppress(OSError):
+                        path.unlink()
         if self.last_ckpt is None and runner.iter > 0:
             self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
 
@@ -96,6 +103,8 @@ class SSNCheckpointHook(CheckpointHook):
                 self._remove(self.file_backend.join_path(self.out_dir, name))
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
+        if not self._trains:  # validated alone, there is nothing to save
+            return
         if not isinstance(self.file_backend, WholeFileBackend):
             super()._save_best_checkpoint(runner, metrics)
             return
@@ -107,10 +116,26 @@ class SSNCheckpointHook(CheckpointHook):
             if path not in best:
                 self._remove(path)
 
+    def after_train(self, runner) -> None:
+        """As in the base class, which may publish what was saved.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        with self._explaining():
+            super().after_train(runner)
+
     def _remove(self, path: str) -> None:
         if not is_main_process():
             return
-        if self.file_backend.isfile(path):
-            self.file_backend.remove(path)
-        elif self.file_backend.isdir(path):
-            self.file_backend.rmtree(path)  # those of deepspeed are folders
+        try:
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):
+                self.file_backend.rmtree(path)  # those of deepspeed are folders
+        except OSError as error:
+            print_log(
+                f'SSNCheckpointHook: {path}: cannot be removed: {error.strerror or error}',
+                logger='current',
+                level=logging.WARNING,
+            )

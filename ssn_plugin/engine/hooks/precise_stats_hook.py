@@ -3,20 +3,27 @@
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapperDict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from ssn_plugin.engine.averaged_copies import averaged_models
 from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.engine.progress import is_last_iteration
 from ssn_plugin.engine.randomness import preserved_generators, seed_iteration, seed_samples
+from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
+
+_KINDS = ('running_mean', 'running_var')
 
 
 class PreciseStatsHook(Hook):
@@ -30,10 +37,13 @@ class PreciseStatsHook(Hook):
     'BN' has a ratio above zero, and BatchNorm; not those that the host holds in evaluation mode
     (``norm_eval``, frozen stages).
 
-    Training does not notice. After a validation the running statistics are what they were; random
-    numbers, the order of the data, layer modes and the optimizer are left alone. What a validation
-    saves as the best checkpoint has the averages. With an EMAHook they are those of the averaged
-    model. Over several processes each passes batches of its own and the averages are over all.
+    Training does not notice: the batches go through a copy of the model and of its preprocessor,
+    which shares the trained weights alone, and after a validation the running statistics are what
+    they were; random numbers, the order of the data and the optimizer are left alone. Not so what a
+    forward pass changes outside of the model (a class, a global variable). What a validation saves
+    as the best checkpoint has the averages. They are those of the weights that are validated, of an
+    EMAHook for one. Over several processes each passes batches of its own and the averages are over
+    all.
 
     A batch that leaves a layer nothing (no proposals) or makes it inf or NaN is not counted for
     that layer.
@@ -59,8 +69,19 @@ class PreciseStatsHook(Hook):
         if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
             raise ValueError(f'num_batches: got {num_batches!r}, expected a positive integer')
         self.num_batches = num_batches
-        self._trains = False
-        self._before: dict[Tensor, Tensor] = {}
+        self._trains = self._said = False
+        self._last: list[_Averages] = []
+        self._validated: _Averages | None = None
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def before_run(self, runner) -> None:
+        """Have a helper that comes before all that look at the end of a validation.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        runner._hooks = list(runner.hooks)  # the one that is being gone through stays as it is
+        runner.register_hook(_TakeBack(self))
 
     def before_train(self, runner) -> None:
         """Check that batches can be had.
@@ -87,84 +108,83 @@ class PreciseStatsHook(Hook):
 
         Args:
             runner: mmengine's Runner.
-            batch_idx: Unused.
+            batch_idx: Number of the batch, in an epoch-based loop within the epoch.
             data_batch: Unused.
             outputs: Unused.
         """
-        if runner.iter + 1 == runner.max_iters:
-            for model in (unwrapped(runner.model), *_averaged_models(runner)):
-                self._estimate(runner, model)
+        if is_last_iteration(runner, batch_idx):
+            for model in (unwrapped(runner.model), *averaged_models(runner)):
+                averages = self._estimate(runner, model)
+                averages.write(model)
+                self._last.append(averages)
             self._trains = False  # what follows is validated with these
 
-    def before_val(self, runner) -> None:
-        """Put the averages into the model that is going to be validated.
-
-        Args:
-            runner: mmengine's Runner.
-        """
-        if self._trains:
-            model = next(iter(_averaged_models(runner)), unwrapped(runner.model))
-            self._before = self._estimate(runner, model)
-
     def before_val_epoch(self, runner) -> None:
-        """Hand them to the model in which EMAHook has put the averaged weights, and no buffers.
+        """Put the averages into the model, which has the weights by now that are validated.
 
         Args:
             runner: mmengine's Runner.
         """
-        self._swap(runner)
+        model = unwrapped(runner.model)
+        if self._trains:
+            self._validated = self._estimate(runner, model)
+        else:
+            known = (averages for averages in self._last if averages.are_of(model.state_dict()))
+            self._validated = next(known, None)
+        if self._validated is not None:
+            self._before = self._validated.write(model)
 
-    def after_val_epoch(self, runner, metrics=None) -> None:
-        """Take them back, as EMAHook does the weights; the best checkpoint is saved after this.
+    def take_back(self) -> None:
+        """Put the statistics of the training back, while the model is still the one validated."""
+        for buffer, value in self._before:
+            buffer.copy_(value)
+        self._before = []
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Put the averages into what a validation saves as the best.
 
         Args:
             runner: mmengine's Runner.
-            metrics: Unused.
+            checkpoint: Gets them unless it is one to resume from, or has other weights.
         """
-        self._swap(runner)
+        best = self._validated is not None and 'optimizer' not in checkpoint
+        if best and self._validated.are_of(checkpoint['state_dict']):
+            checkpoint['state_dict'].update(self._validated.as_state(checkpoint['state_dict']))
 
     def after_val(self, runner) -> None:
-        """Go on with the statistics of the training.
+        """Forget the averages.
 
         Args:
             runner: mmengine's Runner.
         """
-        for buffer, value in self._before.items():
-            buffer.copy_(value)
-        self._before = {}
+        self.take_back()  # where a loop of another kind ends without that
+        self._validated = None
 
-    def _swap(self, runner) -> None:
-        for hook in runner.hooks:
-            averaged = getattr(hook, 'ema_model', None)
-            if averaged is None or averaged.update_buffers:
-                continue
-            pairs = zip(_statistics(averaged.module), _statistics(hook.src_model), strict=True)
-            for ours, theirs in pairs:
-                value = ours.clone()
-                ours.copy_(theirs)
-                theirs.copy_(value)
-
-    def _estimate(self, runner, model: nn.Module) -> dict[Tensor, Tensor]:
-        """Replace the statistics of a model; returns its buffers that changed, as they were."""
+    def _estimate(self, runner, model: nn.Module) -> '_Averages':
         start = time.perf_counter()
         loader = _loader_like(runner.train_dataloader, runner.seed, runner.iter)
         batches = min(self.num_batches, _full_batches(loader))
+        wrappers = runner.optim_wrapper
+        wrappers = wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]
         # Without devices given it would touch every GPU of the machine.
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with preserved_generators(), torch.random.fork_rng(devices):
             seed_iteration(runner.seed, runner.iter)
+            working = self._working_copy(runner, model)
 
             def forward(batch: dict | tuple | list) -> None:
-                with runner.optim_wrapper.optim_context(model):
-                    data = model.data_preprocessor(batch, True)
+                with contextlib.ExitStack() as stack:
+                    for wrapper in wrappers:
+                        stack.enter_context(wrapper.optim_context(working))
+                    data = working.data_preprocessor(batch, True)
                     if isinstance(data, dict):
-                        model(**data, mode='loss')
+                        working(**data, mode='loss')
                     else:
-                        model(*data, mode='loss')
+                        working(*data, mode='loss')
 
-            before, unused = replace_statistics(model, forward, islice(loader, batches))
+            averages, unused = batch_averages(working, forward, islice(loader, batches))
         runner.logger.info(
-            f'PreciseStatsHook: {len(before) // 2} layers, {batches} batches, '
+            f'PreciseStatsHook: {len(averages)} layers, {batches} batches, '
             f'{time.perf_counter() - start:.1f} s'
         )
         if unused:
@@ -172,21 +192,120 @@ class PreciseStatsHook(Hook):
                 'PreciseStatsHook: no batch gave finite statistics to '
                 f'{", ".join(unused)}; they keep their running ones'
             )
+        return _Averages(averages, _vectors(model.state_dict()))
+
+    def _working_copy(self, runner, model: nn.Module) -> nn.Module:
+        try:
+            return _copy_sharing_weights(model)
+        except Exception as error:  # of whatever a model holds
+            if not self._said:
+                self._said = True
+                reason = ' '.join(str(error).split())[:200]
+                runner.logger.warning(
+                    f'PreciseStatsHook: the model cannot be copied ({type(error).__name__}: '
+                    f'{reason}), so it is passed batches itself; its buffers are restored, and '
+                    'what else a forward pass changes in it is not'
+                )
+            return model
+
+
+class _TakeBack(Hook):
+    """Before EMAHook has swapped weights, and maybe buffers, out of the model again."""
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, hook: PreciseStatsHook) -> None:
+        self.hook = hook
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self.hook.take_back()
+
+
+class _Averages(NamedTuple):
+    """Averages of a model with certain weights.
+
+    Attributes:
+        statistics: Name of a layer -> mean and variance.
+        vectors: Its parameters and buffers of one dimension, by which one knows its weights again.
+    """
+
+    statistics: dict[str, tuple[Tensor, Tensor]]
+    vectors: dict[str, Tensor]
+
+    def are_of(self, state: Mapping[str, Tensor]) -> bool:
+        return all(
+            name in state and torch.equal(value.to(state[name]), state[name])
+            for name, value in self.vectors.items()
+        )
+
+    def as_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            f'{name}.{kind}': value.to(state[f'{name}.{kind}'])
+            for name, pair in self.statistics.items()
+            for kind, value in zip(_KINDS, pair, strict=True)
+        }
+
+    @torch.no_grad()
+    def write(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """The averages become the statistics; returns buffers and what they were."""
+        before = []
+        for name, pair in self.statistics.items():
+            layer = model.get_submodule(name)
+            for kind, value in zip(_KINDS, pair, strict=True):
+                buffer = getattr(layer, kind)
+                before.append((buffer, buffer.clone()))
+                buffer.copy_(value)
         return before
 
 
-def _averaged_models(runner) -> Iterator[nn.Module]:
-    for hook in runner.hooks:
-        if getattr(hook, 'ema_model', None) is not None:
-            yield hook.ema_model.module
+def _vectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.clone()
+        for name, value in state.items()
+        if value.dim() == 1 and not name.endswith(_KINDS)
+    }
+
+
+def _copy_sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy in which all but what an optimizer trains may change."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # an average within the model, that it updates itself
+            del shared[id(parameter)]
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, Tensor) and not value.is_leaf:  # torch would refuse to copy it
+                shared[id(value)] = value.detach().clone()
+    copied = copy.deepcopy(model, shared)
+    for module in copied.modules():
+        # Compiled, it is bound to the model that it was taken from.
+        if hasattr(vars(module).get('forward'), '_torchdynamo_orig_callable'):
+            del module.forward
+    return copied
+
+
+class _SameData(Dataset):
+    """A data set under another name: how samples are seeded is written into it."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return self.dataset[index]
+
+    def __getattr__(self, name: str):
+        if name.startswith('__') or name == 'dataset':  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
 def _loader_like(loader: DataLoader, seed: int, iteration: int) -> DataLoader:
     """Batches as those of a loader, in an order of their own; the full ones come first."""
-    # How samples are seeded is written into the data set; that of the training is left alone.
-    dataset = copy.copy(loader.dataset)
+    dataset = _SameData(loader.dataset)
     sampler = DefaultSampler(dataset, shuffle=True, seed=seed)
-    sampler.set_epoch(iteration)
     batches = loader.batch_sampler
     size = min(batches.batch_size, len(sampler))
     ours = DataLoader(
@@ -198,8 +317,11 @@ def _loader_like(loader: DataLoader, seed: int, iteration: int) -> DataLoader:
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
     )
     seed_samples(ours, seed)
+    sampler.set_epoch(iteration)
+    sampler.begin(iteration)
     return ours
 
 
@@ -208,18 +330,12 @@ def _full_batches(loader: DataLoader) -> int:
     return len(loader.batch_sampler.sampler) // loader.batch_sampler.batch_size
 
 
-def _statistics(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm | SwitchableNorm) and module.running_mean is not None:
-            yield from (module.running_mean, module.running_var)
-
-
 def _uses_running_statistics(layer: nn.Module) -> bool:
-    if not isinstance(layer, _BatchNorm | SwitchableNorm) or layer.running_mean is None:
+    if not isinstance(layer, _BatchNorm | SwitchableNorm | SelectedNorm):
         return False
-    if not layer.training:
+    if layer.running_mean is None or not layer.training:
         return False
-    if isinstance(layer, _BatchNorm):
+    if not isinstance(layer, SwitchableNorm):
         return True
     bn = layer.normalizers.index('BN')
     return bool(layer.mean_ratios[bn] > 0 or layer.var_ratios[bn] > 0)
@@ -233,25 +349,30 @@ class _Average:
         size = len(layer.running_mean)
         # The count and the sums of both statistics; on the CPU, as MPS has no float64.
         self.total = torch.zeros(1 + 2 * size, dtype=torch.float64)
+        self.held = False
+        self.forget()
 
     def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        if not layer.training:  # put into evaluation mode within the pass: a teacher
+            self.held = True
+            return
         # With a momentum of one they are those of this batch.
         found = torch.cat((layer.running_mean.new_ones(1), layer.running_mean, layer.running_var))
         found = found.cpu()
         if args[0].numel() and bool(found.isfinite().all()):
             self.total += found
-        # Zero times NaN would stay NaN; SyncSSN meets one without a number of its own.
-        layer.reset_running_stats()
+        # SyncSSN meets numbers of other processes without one of its own.
+        self.forget()
 
-    def write(self) -> bool:
+    def forget(self) -> None:
+        # Zero times NaN would stay NaN. What is held in evaluation mode goes on to use its own.
+        if not bool(torch.cat((self.layer.running_mean, self.layer.running_var)).isfinite().all()):
+            self.layer.running_mean.zero_()
+            self.layer.running_var.fill_(1)
+
+    def result(self) -> tuple[Tensor, Tensor] | None:
         count, sums = self.total[0], self.total[1:]
-        if count == 0:
-            return False
-        for buffer, average in zip(
-            (self.layer.running_mean, self.layer.running_var), (sums / count).chunk(2), strict=True
-        ):
-            buffer.copy_(average)
-        return True
+        return None if count == 0 else (sums / count).chunk(2)
 
 
 @contextlib.contextmanager
@@ -265,25 +386,41 @@ def _in_training_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.no_grad()
-def replace_statistics(
-    model: nn.Module, forward: Callable, batches: Iterable
-) -> tuple[dict[Tensor, Tensor], list[str]]:
-    """Replace running statistics by averages of the statistics of batches.
+@contextlib.contextmanager
+def _restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers are what they were afterwards, those that a module replaced by others, too."""
+    places = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in places:
+            module._buffers[name] = buffer
+            # A write would make decided layers forget what the CPU knows of them.
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
-    Over all processes, where there are several; nothing else of the model changes.
+
+@torch.no_grad()
+def batch_averages(
+    model: nn.Module, forward: Callable, batches: Iterable
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """Averages of the means and variances of batches, over all processes where there are several.
 
     Args:
-        model: Any module.
+        model: Any module; its buffers and modes are afterwards what they were.
         forward: Called with every batch, in training mode.
         batches: What to average over.
 
     Returns:
-        The buffers that were replaced -> what they were, and the names of the layers that no batch
-        gave finite statistics.
+        Name of a layer -> mean and variance, and the names of the layers that no batch gave finite
+        ones.
     """
-    before = {buffer: buffer.clone() for buffer in model.buffers()}
-    with _in_training_mode(model):
+    with _in_training_mode(model), _restored_buffers(model):
         averages = {
             name: _Average(layer)
             for name, layer in model.named_modules()
@@ -294,7 +431,6 @@ def replace_statistics(
         try:
             for average in averages.values():
                 average.layer.momentum = 1.0
-                average.layer.reset_running_stats()
             for batch in batches:
                 forward(batch)
         finally:
@@ -302,21 +438,32 @@ def replace_statistics(
                 handle.remove()
             for name, average in averages.items():
                 average.layer.momentum = momenta[name]
-            for buffer, value in before.items():
-                # A write would make frozen layers forget what the host knows of them.
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
     if averages:
         joined = torch.cat([average.total for average in averages.values()])
         all_reduce(joined)
         sizes = [len(average.total) for average in averages.values()]
         for average, total in zip(averages.values(), joined.split(sizes), strict=True):
             average.total = total
-    replaced, unused = {}, []
-    for name, average in averages.items():
-        if not average.write():
-            unused.append(name)
-            continue
-        for buffer in (average.layer.running_mean, average.layer.running_var):
-            replaced[buffer] = before[buffer]
-    return replaced, unused
+    results = {name: average.result() for name, average in averages.items()}
+    found = {name: result for name, result in results.items() if result is not None}
+    return found, [n for n, a in averages.items() if n not in found and not a.held]
+
+
+def replace_statistics(
+    model: nn.Module, forward: Callable, batches: Iterable
+) -> tuple[dict[Tensor, Tensor], list[str]]:
+    """Replace running statistics by averages of the statistics of batches.
+
+    Over all processes, where there are several; no other buffer of the model changes.
+
+    Args:
+        model: Any module.
+        forward: Called with every batch, in training mode.
+        batches: What to average over.
+
+    Returns:
+        The buffers that were replaced -> what they were, and the names of the layers that no batch
+        gave finite statistics.
+    """
+    averages, unused = batch_averages(model, forward, batches)
+    return dict(_Averages(averages, {}).write(model)), unused

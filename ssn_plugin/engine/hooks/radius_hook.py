@@ -1,10 +1,14 @@
 """SSNRadiusHook: the radius schedule of a run."""
 
+import torch
 from mmengine.hooks import Hook
 
 from ssn_plugin.checkpoint.traits import traits_of
+from ssn_plugin.engine.averaged_copies import AveragedCopies
 from ssn_plugin.engine.checkpoint_schemes import fit_loaded
+from ssn_plugin.engine.learning_rates import keep_ratios
 from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.engine.progress import changed_since, iterations
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.training import radius_at
@@ -18,9 +22,14 @@ class SSNRadiusHook(Hook):
 
     ``radius = start_radius + (end_radius - start_radius) * (t - begin) / (end - begin)`` with the
     progress t = iteration / (iterations - 1), clamped to [begin, end], set before every forward
-    pass. It is a function of the iteration alone: iteration- and epoch-based loops see the same,
-    and a resumed run goes on at the exact value. With the defaults, those of the paper's authors,
-    every layer is one-hot after 81.65 % of the run.
+    pass. It is a function of the progress alone: iteration- and epoch-based loops see the same,
+    and a resumed run goes on at the exact value. In an epoch-based loop the progress is taken from
+    the epoch and the place in it, so that it may be resumed with another batch size or number of
+    processes. With the defaults, those of the paper's authors, every layer is one-hot after
+    81.65 % of the run.
+
+    Copies of the model that average it (of EMAHook, of torch's ``AveragedModel`` in a hook, the
+    teacher of mmdet's MeanTeacherHook) follow its radius and its choices.
 
     Args:
         begin: Fraction of the run at which the radius starts to grow.
@@ -56,6 +65,7 @@ class SSNRadiusHook(Hook):
         self.start_radius = start_radius
         self.end_radius = end_radius
         self.radius_at(0, 2)  # raises for what is no schedule
+        self._copies = AveragedCopies()
 
     def radius_at(self, iteration: int, max_iters: int) -> float:
         """Radius during an iteration.
@@ -75,6 +85,9 @@ class SSNRadiusHook(Hook):
             checkpoint: What was loaded; a warm start gets the model's names.
         """
         fit_loaded(unwrapped(runner.model), checkpoint)
+        if runner._resume:  # which parts of the model were found to be copies before
+            known = checkpoint.get('meta', {}).get('averaged_copies', ())
+            self._copies = AveragedCopies(tuple(known))
 
     def before_train(self, runner) -> None:
         """Say so if there is nothing to schedule, nothing that could be learned, or a better rule.
@@ -82,6 +95,9 @@ class SSNRadiusHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
+        keep_ratios(runner.optim_wrapper, runner.param_schedulers)
+        if changed := changed_since(runner):
+            runner.logger.warning(f'SSNRadiusHook: {changed}')
         layers = [module for module in runner.model.modules() if isinstance(module, SSN)]
         if not layers:
             runner.logger.warning(
@@ -99,31 +115,34 @@ class SSNRadiusHook(Hook):
         _tell_of_few_images(runner, layers)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Set the radius, in the averaged model of an EMAHook too.
+        """Set the radius, in all averaged copies of the model too.
 
         Args:
             runner: mmengine's Runner.
-            batch_idx: Unused.
+            batch_idx: Number of the batch, in an epoch-based loop within the epoch.
             data_batch: Unused.
         """
-        set_radius(runner.model, self.radius_at(runner.iter, runner.max_iters))
-        for hook in runner.hooks:
-            averaged = getattr(hook, 'ema_model', None)
-            # With update_buffers, EMAHook averages the radius and never updates integer flags;
-            # without, it copies all buffers itself.
-            if averaged is not None and averaged.update_buffers:
-                copy_selection(unwrapped(runner.model), averaged.module)
+        set_radius(runner.model, self.radius_at(*iterations(runner, batch_idx)))
+        for averaged in self._copies.of(runner):
+            for layer, its_copy in averaged.layers:
+                choices = layer.known_choices()
+                if choices is not None and choices == its_copy.known_choices():
+                    its_copy.radius.copy_(layer.radius)
+                else:
+                    copy_selection(layer, its_copy)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Tell in the checkpoint's ``meta`` what its weights do not show of the backbone.
 
         Args:
             runner: mmengine's Runner.
-            checkpoint: Gets ``normalizers``, in their order, and ``stem_padding``.
+            checkpoint: Gets ``normalizers``, in their order, ``stem_padding``, and the names of
+                ``averaged_copies``.
         """
         model = unwrapped(runner.model)
         traits = traits_of(getattr(model, 'backbone', model))
-        checkpoint.setdefault('meta', {}).update(traits)
+        names = [averaged.name for averaged in self._copies.of(runner)]
+        checkpoint.setdefault('meta', {}).update(traits, averaged_copies=names)
 
     def after_train(self, runner) -> None:
         """Warn about layers that did not become one-hot.
@@ -135,8 +154,15 @@ class SSNRadiusHook(Hook):
         undecided = undecided_layers(model)
         if not undecided:
             return
-        frozen = [n for n in undecided if not model.get_submodule(n).mean_weight.requires_grad]
-        growing = [n for n in undecided if n not in frozen]
+        layers = {name: model.get_submodule(name) for name in undecided}
+        frozen = [name for name, layer in layers.items() if not layer.mean_weight.requires_grad]
+        lost = [name for name, layer in layers.items() if not _is_finite(layer)]
+        growing = [name for name in undecided if name not in frozen + lost]
+        if lost:
+            runner.logger.warning(
+                f'SSNRadiusHook: {len(lost)} SSN layers have control parameters that are NaN or '
+                f'infinite, so they choose nothing; the training diverged: {", ".join(lost)}'
+            )
         if growing:
             runner.logger.warning(
                 f'SSNRadiusHook: {len(growing)} SSN layers are not one-hot at the end of training '
@@ -159,3 +185,7 @@ def _tell_of_few_images(runner, layers: list[SSN]) -> None:
             'where norm_cfg=dict(type="SSN", normalizers=("LN", "GN", "BN")) and '
             'dict(type="SSNRadiusHook", end=0.3) do better (studies/defaults/README.md)'
         )
+
+
+def _is_finite(layer: SSN) -> bool:
+    return bool(torch.stack((layer.mean_weight, layer.var_weight)).isfinite().all())

@@ -1,15 +1,26 @@
 """SSNRatioHook: radius, decided layers and importance ratios in the log, in a file, in pictures."""
 
+import math
 from pathlib import Path
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import nn
 
-from ssn_plugin.analysis.history import HISTORY_FILE, append_to_history, start_history
+from ssn_plugin.analysis.history import (
+    HISTORY_FILE,
+    HistoryError,
+    append_to_history,
+    read_history,
+    start_history,
+)
 from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios, layer_ratios
 from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.engine.progress import is_last_iteration, iterations_in_all
 from ssn_plugin.engine.versions import versions
+from ssn_plugin.engine.visualizer import tolerate_full_disk
+
+_RUN = 'ssn_run'  # entry of mmengine's message hub, which checkpoints keep
 
 
 class SSNRatioHook(Hook):
@@ -23,7 +34,12 @@ class SSNRatioHook(Hook):
     - to the visualizer, TensorBoard for one: ``ssn/<layer>/mean/<normalizer>`` and
       ``ssn/<layer>/var/<normalizer>``, the ratios layer by layer;
     - to ``ratios.jsonl`` in the work dir: one line with all of it
-      (:mod:`ssn_plugin.analysis.history`). A resumed run goes on with the file.
+      (:mod:`ssn_plugin.analysis.history`). A resumed run goes on with its lines; another run in the
+      same work dir begins a part of its own.
+
+    The first layer whose ratios are NaN is one warning. So is a log or a visualizer that cannot be
+    written, on a full disk for one: the training goes on without it until a checkpoint cannot be
+    written either.
 
     It costs one synchronisation with the device per interval. After the training, the visualizer
     gets the figures, and the work dir a ``report.html``
@@ -49,6 +65,8 @@ class SSNRatioHook(Hook):
         self.interval = interval
         self.report = report
         self._history: Path | None = None
+        self._run: str | None = None
+        self._lost = False
 
     def before_train(self, runner) -> None:
         """Begin ``ratios.jsonl``, or go on with it.
@@ -56,32 +74,41 @@ class SSNRatioHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
+        tolerate_full_disk(runner.visualizer, runner.logger)
         rows = layer_ratios(unwrapped(runner.model))
         if not rows or not is_main_process():
             return
         path = Path(runner.work_dir) / HISTORY_FILE
+        about = dict(max_iters=iterations_in_all(runner), versions=versions())
+        run = runner.message_hub.runtime_info.get(_RUN)
         try:
-            about = dict(max_iters=runner.max_iters, versions=versions())
-            start_history(path, rows, about, runner.iter)
-        except OSError as error:
+            self._run = start_history(path, rows, about, runner.iter, run)
+            earlier = len(read_history(path, self._run).runs) - 1
+        except (OSError, HistoryError) as error:
             runner.logger.warning(f'SSNRatioHook: cannot write {path}: {error}')
-        else:
-            self._history = path
+            return
+        self._history = path
+        runner.message_hub.update_info(_RUN, self._run)  # a resumed run knows it from here
+        if earlier:
+            runner.logger.info(
+                f'SSNRatioHook: {path} has {earlier} other runs; this one is {self._run} in it'
+            )
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Record.
 
         Args:
             runner: mmengine's Runner.
-            batch_idx: Unused.
+            batch_idx: Number of the batch, in an epoch-based loop within the epoch.
             data_batch: Unused.
             outputs: Unused.
         """
-        last = runner.iter + 1 == runner.max_iters
+        last = is_last_iteration(runner, batch_idx)
         if not (self.every_n_train_iters(runner, self.interval) or last):
             return
         model = unwrapped(runner.model)
         rows = layer_ratios(model)
+        self._say_where_ratios_are_lost(runner, rows)
         summary, per_layer = importance_scalars(model, rows)
         for name, value in summary.items():
             runner.message_hub.update_scalar(f'train/{name}', value)
@@ -90,7 +117,12 @@ class SSNRatioHook(Hook):
             return
         try:
             append_to_history(
-                self._history, runner.iter + 1, rows, summary['ssn_radius'], self._loss(runner)
+                self._history,
+                runner.iter + 1,
+                rows,
+                summary['ssn_radius'],
+                self._loss(runner),
+                self._run,
             )
         except OSError as error:
             runner.logger.warning(
@@ -124,12 +156,28 @@ class SSNRatioHook(Hook):
         else:
             runner.logger.info(f'SSNRatioHook: the report is {path}')
 
+    def _say_where_ratios_are_lost(self, runner, rows: list[LayerRatios]) -> None:
+        lost = [row.layer for row in rows if not _is_finite(row)]
+        if not lost or self._lost:
+            return
+        self._lost = True
+        more = f' and {len(lost) - 1} more layers' if lost[1:] else ''
+        runner.logger.warning(
+            f'SSNRatioHook: the importance ratios of {lost[0]}{more} are NaN after iteration '
+            f'{runner.iter + 1} (looked at every {self.interval} iterations); the loss was '
+            f'{self._loss(runner)}'
+        )
+
     def _loss(self, runner) -> float | None:
-        """Mean of the loss over the interval; the framework has it as numbers already."""
+        """Mean of the loss over the interval; mmengine has it as numbers already."""
         scalars = runner.message_hub.log_scalars
         if 'train/loss' not in scalars:
             return None
         return float(scalars['train/loss'].mean(self.interval))
+
+
+def _is_finite(row: LayerRatios) -> bool:
+    return all(map(math.isfinite, row.mean_ratios + row.var_ratios))
 
 
 def importance_scalars(

@@ -16,11 +16,12 @@ class SSNResumeHook(Hook):
     kernels are deterministic. The number of data loading workers makes no difference either.
 
     Without ``randomness=dict(seed=...)`` the seed that was drawn is in the checkpoint; it is
-    restored, and the order of the data with it.
+    restored, and the order of the data with it. Every sampler that draws indices will do.
 
     Not covered is what keeps a state of its own: transforms that cache earlier images
-    (CachedMosaic), generators that are not the global ones of Python, numpy and torch, and an
-    epoch-based loop whose checkpoints are counted in iterations.
+    (CachedMosaic), generators that are not the global ones of Python, numpy and torch, an
+    epoch-based loop whose checkpoints are counted in iterations, and what was accumulated of a
+    gradient (``accumulative_counts``) when a kill or a checkpoint came before its step.
 
     Example:
         >>> custom_hooks = [dict(type='SSNResumeHook')]  # in a config
@@ -44,18 +45,28 @@ class SSNResumeHook(Hook):
             runner: mmengine's Runner.
         """
         loop = runner.train_loop
-        batches = getattr(loop.dataloader, 'batch_sampler', None)
-        sampler = getattr(batches, 'sampler', None)
+        sampler = getattr(getattr(loop.dataloader, 'batch_sampler', None), 'sampler', None)
         if getattr(sampler, 'seed', None) == self._seed_at_start:
             sampler.seed = runner.seed
-        if not seed_samples(loop.dataloader, runner.seed):
+        self._sampler = sampler if seed_samples(loop.dataloader, runner.seed) else None
+        if self._sampler is None:
             runner.logger.warning(
-                f'SSNResumeHook: sampler: got {type(sampler).__name__}, expected DefaultSampler or '
-                'InfiniteSampler; a resumed run will augment its images with other random numbers'
+                f'SSNResumeHook: train_dataloader: got a {type(loop.dataloader.dataset).__name__} '
+                'that is not drawn by the indices of a sampler; a resumed run will augment its '
+                'images with other random numbers'
             )
         if hasattr(loop, 'dataloader_iterator'):
             # Some versions of mmengine start their workers as soon as they build the loop.
             loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
+
+    def before_train_epoch(self, runner) -> None:
+        """Tell the sampler which epoch begins; in an iteration-based loop the only one.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        if self._sampler is not None:
+            self._sampler.begin(runner.epoch)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Seed.

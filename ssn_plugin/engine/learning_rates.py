@@ -1,0 +1,77 @@
+"""Keeps ``ssn_lr_mult`` where a scheduler sets learning rates instead of scaling them.
+
+Most schedulers of mmengine scale what each parameter group began with. A smallest learning rate
+(``eta_min``) and the maximum of OneCycleLR are one number for all groups, so that in the end
+control parameters would learn as fast as all others.
+"""
+
+import functools
+
+from mmengine.optim import OptimWrapperDict
+from mmengine.optim.scheduler.param_scheduler import (
+    OneCycleParamScheduler,
+    ReduceOnPlateauParamScheduler,
+    _ParamScheduler,
+)
+
+
+def keep_ratios(optim_wrapper, schedulers) -> None:
+    """Make the schedulers of a run keep the ratio between its groups' learning rates.
+
+    Args:
+        optim_wrapper: Of a runner; those that SSNOptimWrapperConstructor built know the ratios.
+        schedulers: Of a runner: a list, a dict of lists where there are several wrappers, or None.
+    """
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        for name, wrapper in optim_wrapper.items():
+            keep_ratios(wrapper, (schedulers or {}).get(name))
+        return
+    mults = getattr(optim_wrapper, 'ssn_lr_mults', [])
+    for scheduler in schedulers or ():
+        if scheduler.param_name == 'lr' and any(mult != 1 for mult in mults):
+            _keep_ratio(scheduler, mults)
+
+
+def _keep_ratio(scheduler: _ParamScheduler, mults: list[float]) -> None:
+    groups = scheduler.optimizer.param_groups
+    if isinstance(scheduler, OneCycleParamScheduler):
+        if len({group['max_lr'] for group in groups}) == 1:  # no list of the user's own
+            scheduler.__class__ = _scaled(type(scheduler))
+            if scheduler.last_step == 0:  # set when it was built
+                for group, mult in zip(groups, mults, strict=True):
+                    group['lr'] *= mult
+    elif isinstance(scheduler, ReduceOnPlateauParamScheduler):
+        if len(set(scheduler.min_values)) == 1:  # not so in a resumed run
+            scheduler.min_values = [
+                value * mult for value, mult in zip(scheduler.min_values, mults, strict=True)
+            ]
+    elif getattr(scheduler, 'eta_min', None) and getattr(scheduler, 'eta_min_ratio', None) is None:
+        scheduler.__class__ = _with_own_floors(type(scheduler))
+    scheduler.ssn_lr_mults = mults
+
+
+@functools.cache
+def _scaled(kind: type[_ParamScheduler]) -> type[_ParamScheduler]:
+    class Scaled(kind):
+        def _get_value(self) -> list[float]:
+            pairs = zip(super()._get_value(), self.ssn_lr_mults, strict=True)
+            return [value * mult for value, mult in pairs]
+
+    Scaled.__name__ = kind.__name__
+    return Scaled
+
+
+@functools.cache
+def _with_own_floors(kind: type[_ParamScheduler]) -> type[_ParamScheduler]:
+    class WithOwnFloors(kind):
+        def _get_value(self) -> list[float]:
+            floor = self.eta_min
+            by_mult = {}
+            for mult in set(self.ssn_lr_mults):
+                self.eta_min = floor * mult
+                by_mult[mult] = super()._get_value()
+            self.eta_min = floor
+            return [by_mult[mult][index] for index, mult in enumerate(self.ssn_lr_mults)]
+
+    WithOwnFloors.__name__ = kind.__name__
+    return WithOwnFloors

@@ -1,0 +1,59 @@
+"""How far a run is, the same for a resumed one whose batch size or number of processes changed.
+
+mmengine restores the number of iterations as it was. In an epoch-based loop that number means
+something else when an epoch has more or fewer iterations than before; epochs mean the same.
+"""
+
+from mmengine.runner import EpochBasedTrainLoop
+
+
+def iterations(runner, batch_idx: int) -> tuple[int, int]:
+    """Which iteration of how many this is, for a run that had today's batches from its beginning.
+
+    Args:
+        runner: mmengine's Runner, within an iteration.
+        batch_idx: Number of the batch that hooks are given.
+    """
+    if isinstance(getattr(runner, 'train_loop', None), EpochBasedTrainLoop):
+        # Not by the loader, some of which count by drawing all indices.
+        length = runner.max_iters // max(runner.max_epochs, 1)
+        return runner.epoch * length + batch_idx, runner.max_iters
+    return runner.iter, runner.max_iters
+
+
+def is_last_iteration(runner, batch_idx: int) -> bool:
+    """Whether the run ends with this iteration.
+
+    Args:
+        runner: mmengine's Runner, within an iteration.
+        batch_idx: Number of the batch that hooks are given.
+    """
+    iteration, total = iterations(runner, batch_idx)
+    return iteration + 1 == total
+
+
+def iterations_in_all(runner) -> int:
+    """How far ``runner.iter`` will have counted at the end of the run.
+
+    Args:
+        runner: mmengine's Runner, before the first iteration.
+    """
+    done, total = iterations(runner, 0)
+    return runner.iter + total - done
+
+
+def changed_since(runner) -> str | None:
+    """Tell if iterations are counted otherwise than in the run that this one resumes.
+
+    Args:
+        runner: mmengine's Runner, before the first iteration.
+    """
+    done, _ = iterations(runner, 0)
+    if done == runner.iter:
+        return None
+    return (
+        f'resumed after {runner.epoch} epochs and {runner.iter} iterations, where {runner.epoch} '
+        f'epochs are {done} iterations now (another batch size, number of processes or data set, '
+        'or a checkpoint from within an epoch); the radius and what is done at the end follow the '
+        'epochs'
+    )
