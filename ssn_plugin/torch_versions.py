@@ -22,6 +22,9 @@ VERSION = tuple(int(number) for number in torch.__version__.split('.')[:2])
 # Both are constants to torch.compile.
 is_compiling = (torch.compiler if VERSION >= (2, 3) else torch._utils).is_compiling
 
+# Operators of the CPU in float16: batch norm, and group norm beside float32 vectors.
+CPU_NORMALIZES_HALF = VERSION >= (2, 3)
+
 
 # ---- torch 2.4
 
@@ -30,6 +33,9 @@ HAS_CUSTOM_OPS = VERSION >= (2, 4)
 
 
 # ---- torch 2.6
+
+# torch.export for every size of input, and the ONNX exporter that is built on it.
+EXPORTS_EVERY_SIZE = VERSION >= (2, 6)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
@@ -20,6 +21,7 @@ CONFIGS = {
 
 def demo_config(scope: str, **norm_cfg) -> Config:
     """The demo config of a codebase; ``norm_cfg`` changes all SSN layers of its model."""
+    pytest.importorskip(scope)
     config = Config.fromfile(CONFIGS[scope])
     _update_norms(config.model, norm_cfg)
     return config

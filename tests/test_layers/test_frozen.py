@@ -8,12 +8,14 @@ import weakref
 
 import pytest
 import torch
+from since import since
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ssn_plugin import SSN, set_radius
 
 SHAPE = (4, 6, 5, 5)
+FUSED = since(2, 4, 'fused optimizers of the CPU')
 OPTIMIZERS = {
     'SGD': (torch.optim.SGD, dict(lr=0.5, momentum=0.9, weight_decay=0.1)),
     'SGD Nesterov': (torch.optim.SGD, dict(lr=0.5, momentum=0.9, weight_decay=0.1, nesterov=True)),
@@ -21,10 +23,16 @@ OPTIMIZERS = {
         torch.optim.SGD,
         dict(lr=0.5, momentum=0.9, weight_decay=0.1, foreach=False),
     ),
-    'SGD fused': (torch.optim.SGD, dict(lr=0.5, momentum=0.9, weight_decay=0.1, fused=True)),
+    'SGD fused': pytest.param(
+        torch.optim.SGD,
+        dict(lr=0.5, momentum=0.9, weight_decay=0.1, fused=True),
+        marks=FUSED,
+    ),
     'Adam': (torch.optim.Adam, dict(lr=0.1, weight_decay=0.1)),
     'AdamW': (torch.optim.AdamW, dict(lr=0.1, weight_decay=0.5)),
-    'AdamW fused': (torch.optim.AdamW, dict(lr=0.1, weight_decay=0.5, fused=True)),
+    'AdamW fused': pytest.param(
+        torch.optim.AdamW, dict(lr=0.1, weight_decay=0.5, fused=True), marks=FUSED
+    ),
     'RMSprop': (torch.optim.RMSprop, dict(lr=0.1, momentum=0.9, weight_decay=0.1)),
 }
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from since import ONE_GRAPH
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -62,6 +63,7 @@ EXACT = dict(rtol=0, atol=0)
 CLOSE = dict(rtol=2e-5, atol=2e-5)  # kernels that are fused round elsewhere
 
 
+@ONE_GRAPH
 @pytest.mark.slow
 @pytest.mark.parametrize('state', STATES)
 @pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
@@ -73,6 +75,7 @@ def test_compiled_to_one_graph_forward_and_backward(backend, state):
     check_same(compiled, layer, statistics=state != 'frozen', **CLOSE)
 
 
+@ONE_GRAPH
 @pytest.mark.slow
 @pytest.mark.parametrize('momentum', [0.1, None])
 def test_compiled_training_freezes_as_any_other(momentum):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from since import AUTOCAST_DTYPES, since
 from torch import Tensor, nn
 
 from ssn_plugin import SN, SSN, set_radius
@@ -58,7 +59,7 @@ def assert_close(found: dict, expected: dict, dtype: torch.dtype, dy: Tensor) ->
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES)
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 def test_equals_float64_on_the_same_input(kind, dtype, memory_format):
     layer = make(kind)
@@ -103,6 +104,7 @@ def test_autocast_around_a_network():
     assert loss.item() == pytest.approx(exact_loss.item(), rel=2**-6)
 
 
+@since(2, 3, 'GradScaler of the CPU')
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_training_decides_as_usual(dtype):
     """A short training under autocast, the loss scaled as AmpOptimWrapper does for float16."""

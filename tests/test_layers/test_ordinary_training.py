@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from since import since
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -310,6 +311,7 @@ def test_device_and_dtype_of_the_constructor(make):
     assert layer(torch.randn(2, 8, 3, 3, device='meta')).shape == (2, 8, 3, 3)
 
 
+@since(2, 2, 'torch.utils.deterministic')
 @pytest.mark.parametrize('make', LAYERS.values(), ids=LAYERS)
 def test_from_the_meta_device_to_values(make, monkeypatch):
     with torch.device('meta'):

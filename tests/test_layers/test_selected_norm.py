@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from random_state import randomize_affine_and_running
+from since import EXPORT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssn_plugin import SelectedNorm
@@ -67,6 +68,7 @@ def test_equals_the_formulas(mean, var, correction, shape):
         assert changed == name.startswith(('running', 'num_batches'))
 
 
+@EXPORT
 @pytest.mark.parametrize(('mean', 'var'), [('LN', 'BN'), ('IN', 'LN'), ('GN', 'GN'), ('BN', 'IN')])
 @pytest.mark.parametrize('correction', [0, 1])
 def test_a_traced_layer_holds_for_every_size(mean, var, correction):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from since import ONE_GRAPH
 from torch import nn
 
 from ssn_plugin import SN, SSN, SyncSSN, set_radius
@@ -68,6 +69,7 @@ def test_silence(layer, num):
     assert told(chosen('BN'))  # and nothing was used up by it
 
 
+@ONE_GRAPH
 def test_compiled_graphs_have_no_part_in_it():
     torch.compiler.reset()
     compiled = torch.compile(SSN(4), fullgraph=True, backend='eager')

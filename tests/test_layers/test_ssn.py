@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from since import AUTOCAST_DTYPES, ONE_GRAPH
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -473,7 +474,7 @@ def test_layer_in_half_precision(dtype, radius):
 @pytest.mark.parametrize('shape', [SHAPE, (2, CHANNELS, 96, 67)])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('radius', [0.0, 0.4, 1.0])
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES)
 def test_autocast_changes_nothing(dtype, radius, memory_format, shape):
     for x in (torch.randn(shape), torch.randn(shape).to(dtype)):
         x = x.contiguous(memory_format=memory_format)
@@ -486,7 +487,7 @@ def test_autocast_changes_nothing(dtype, radius, memory_format, shape):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES)
 def test_autocast_gives_the_dtypes_of_batch_norm(dtype):
     layer, norm = (nn.Sequential(nn.Conv2d(3, CHANNELS, 3), n) for n in (SSN(6), nn.BatchNorm2d(6)))
     x = torch.randn(2, 3, 6, 6)
@@ -538,6 +539,7 @@ def test_forward_reads_no_value_on_the_host(layer, momentum, training):
         assert all(p.grad.shape == p.shape for p in (x, *module.parameters()))
 
 
+@ONE_GRAPH
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('radius', [0.4, 1.0])
@@ -553,6 +555,21 @@ def test_compiles_to_one_graph(radius, training, memory_format):
     torch.testing.assert_close(dict(again.named_buffers()), dict(layer.named_buffers()))
 
 
+@pytest.mark.parametrize('radius', [0.4, 1.0])
+def test_compiles_around_what_this_torch_cannot(radius):
+    torch._dynamo.reset()
+    layer = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), SSN(CHANNELS), nn.ReLU())
+    set_radius(layer, radius)
+    again = copy.deepcopy(layer)
+    x, upstream = torch.randn(2, 3, 8, 8), torch.randn(2, CHANNELS, 6, 6)
+    for run in (layer, torch.compile(again, backend='aot_eager')):
+        run(x).backward(upstream)
+    for ours, theirs in zip(again.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(dict(again.named_buffers()), dict(layer.named_buffers()))
+
+
+@ONE_GRAPH
 @pytest.mark.slow
 @pytest.mark.parametrize('layer', [SSN, SN])
 def test_compiled_code_gives_the_same(layer):

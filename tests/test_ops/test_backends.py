@@ -16,6 +16,8 @@ from ssn_plugin.ops.switchable_norm import dispatch as ops
 from ssn_plugin.ops.switchable_norm.triton import launch as switchable_norm_triton
 
 pytest.importorskip('triton')
+if not switchable_norm_triton.is_available():
+    pytest.skip('torch is older than custom operators', allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')  # of NumPy
 SHAPE = (3, 6, 5, 4)
 

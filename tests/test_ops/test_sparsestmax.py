@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from since import ONE_GRAPH
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ssn_plugin import sparsestmax
@@ -573,6 +574,7 @@ def test_no_value_is_read_on_the_host():
         assert z.grad.shape == (4, 3)
 
 
+@ONE_GRAPH
 def test_traces_as_one_graph():
     compiled = torch.compile(sparsestmax, fullgraph=True, backend='aot_eager')
     z = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from since import AUTOCAST_DTYPES, ONE_GRAPH
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -312,7 +313,7 @@ def test_large_float16_values_do_not_overflow():
     )
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', AUTOCAST_DTYPES)
 def test_autocast_changes_nothing(dtype):
     # Statistics stay in float32, whatever autocast would like to do to their products.
     for x in (torch.randn(3, 6, 5, 4), torch.randn(3, 6, 5, 4).to(dtype)):
@@ -431,6 +432,7 @@ def test_nothing_is_refused_where_determinism_is_asked_for(memory_format):
     assert not record.names & NOT_DETERMINISTIC
 
 
+@ONE_GRAPH
 def test_traces_as_one_graph():
     arguments = inputs((3, 6, 5, 4))
     upstream = torch.randn_like(arguments[0])

@@ -36,7 +36,7 @@ from ssn_plugin.ops.switchable_norm.statistics import (
     Settings,
     takes_part,
 )
-from ssn_plugin.torch_versions import is_compiling
+from ssn_plugin.torch_versions import HAS_CUSTOM_OPS, is_compiling
 
 _BACKEND = os.environ.get('SSN_BACKEND', '')
 if _BACKEND not in ('', 'eager', 'triton'):
@@ -45,8 +45,10 @@ if _BACKEND not in ('', 'eager', 'triton'):
 
 @cache
 def _say_that_triton_is_missing() -> None:
+    old = f'torch {torch.__version__} is too old for the Triton kernels, which need 2.4'
     logging.getLogger(__name__).warning(
-        'Triton is not installed: SSN and SN run on ATen operators on the GPU, which is slower'
+        '%s: SSN and SN run on ATen operators on the GPU, which is slower',
+        'Triton is not installed' if HAS_CUSTOM_OPS else old,
     )
 
 

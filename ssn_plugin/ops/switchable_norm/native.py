@@ -13,6 +13,7 @@ from ssn_plugin.ops.switchable_norm.statistics import (
     Settings,
     row_factor,
 )
+from ssn_plugin.torch_versions import CPU_NORMALIZES_HALF
 
 
 class Native(NamedTuple):
@@ -38,6 +39,8 @@ def kind_of(x: Tensor, normalizer: str, settings: Settings, running: bool) -> Na
         settings: Of the layer.
         running: Whether 'BN' uses running statistics.
     """
+    if x.is_cpu and x.dtype == torch.float16 and not CPU_NORMALIZES_HALF:
+        return None
     num, channels, length = _sizes(x)
     factor = row_factor(length, settings.correction)
     if normalizer == 'BN':

@@ -78,7 +78,9 @@ def ratio_tensors(control: Control) -> tuple[Tensor, Tensor]:
         return control.mean, control.var
     both = torch.stack((control.mean, control.var))
     if control.selection is None:
-        return both.softmax(-1).unbind()
+        # In float32 at least: before torch 2.2 the CPU has none in float16.
+        wide = both.to(torch.promote_types(both.dtype, torch.float32))
+        return wide.softmax(-1).to(both.dtype).unbind()
     fixed, one_hot = selected_ratios(control.mean, control.var, control.selection)
     ratios = SparsestMaxFunction.apply(both, control.selection.radius)
     return torch.where(fixed, one_hot, ratios).unbind()

@@ -14,12 +14,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ssn_plugin.errors import in_one_line
 from ssn_plugin.ops.sparsestmax import _MAX_AMPLIFICATION, _RADIUS_TOLERANCE, circumradius
-from ssn_plugin.torch_versions import is_compiling
+from ssn_plugin.torch_versions import HAS_CUSTOM_OPS, is_compiling
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KINDS = {'IN': 0, 'LN': 1, 'BN': 2, 'GN': 3}
@@ -44,9 +44,8 @@ _MANY_ROWS = 8192
 
 
 def _find_triton() -> bool:
-    # Triton 3 came with torch 2.4, and so did Python's custom operators.
     try:
-        return hasattr(library, 'custom_op') and bool(importlib.util.find_spec('triton'))
+        return HAS_CUSTOM_OPS and bool(importlib.util.find_spec('triton'))
     except (ImportError, ValueError):  # an importer that refuses, or half a module
         return False
 
