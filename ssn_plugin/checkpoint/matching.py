@@ -56,8 +56,8 @@ def in_names_of(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Rena
         >>> import torch
         >>> from ssn_plugin.checkpoint.matching import in_names_of
         >>> file = {'backbone.bn1.weight': torch.ones(8), 'head.weight': torch.ones(2, 8)}
-        >>> in_names_of({'sn1.weight': torch.ones(8)}, file).state
-        OrderedDict({'sn1.weight': tensor([1., 1., 1., 1., 1., 1., 1., 1.])})
+        >>> dict(in_names_of({'sn1.weight': torch.ones(8)}, file).state)
+        {'sn1.weight': tensor([1., 1., 1., 1., 1., 1., 1., 1.])}
     """
     prefix = _prefix(own, loaded)
     inside = {key.removeprefix(prefix): key for key in loaded if key.startswith(prefix)}
