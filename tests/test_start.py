@@ -33,6 +33,11 @@ AS_IT_IS_MEANT = """
 norm_cfg = dict(_delete_=True, type='BN')
 custom_hooks = []
 """
+# BatchNorm in the branch of ASPP that pools the image to one value.
+POOLING = """
+_base_ = ['{config}']
+model = dict(decode_head=dict(norm_cfg=dict(_delete_=True, type='BN')))
+"""
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +47,7 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp('start')
     make_demo_dataset(path / 'data/demo', num_train=3, num_val=1, size=128)
     (path / 'forgotten.py').write_text(PLAIN.format(config=CONFIG))
+    (path / 'pooling.py').write_text(POOLING.format(config=CONFIG))
     (path / 'plain.py').write_text(PLAIN.format(config=CONFIG) + AS_IT_IS_MEANT)
     return path
 
@@ -73,8 +79,7 @@ def test_a_child_config_whose_norm_reaches_nothing(folder):
 
 def test_the_block_of_the_log_and_batch_norm_on_one_value(folder):
     """The tool adds the hook, and explains what torch says of the image pool at one image."""
-    options = ['train_dataloader.batch_size=1', 'model.decode_head.norm_cfg.type=BN']
-    code, line, log = train(folder, CONFIG, *options)
+    code, line, log = train(folder, 'pooling.py', 'train_dataloader.batch_size=1')
     assert code == 1
     assert line.startswith('train.py: decode_head.image_pool.1.bn: got one value per channel')
     block = log.partition('SSNStartHook:')[2]
