@@ -1,5 +1,6 @@
 """SSN: the layer that learns which normalizer it is."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,15 @@ from ssn_plugin.ops.switchable_norm.ratios import (
     selected_ratios,
 )
 from ssn_plugin.torch_versions import is_compiling
+
+_warned = False
+
+
+def _warn_once(text: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(text, stacklevel=7)
 
 
 class _Known(NamedTuple):
@@ -78,10 +88,13 @@ class SSN(SwitchableNorm):
         var_fixed: Buffer, 0-d int64: 1 once the variance is decided.
 
     Raises:
-        ValueError: If an argument is out of its range; the message names it.
+        ValueError: If an argument is out of its range, or ``x`` is no input for the layer; the
+            message names it.
 
     Note:
-        A spatial size of one is no error: there the instance variance is zero. An empty batch comes
+        In training, an undecided layer with 'IN' among its candidates refuses (N, C), where the
+        variance of 'IN' is that of one number: ``normalizers=('LN', 'BN', 'GN')``. A map of one
+        pixel is warned of once. In evaluation both are taken as they come. An empty batch comes
         back empty and leaves the running statistics alone, as with ``torch.nn.BatchNorm2d``.
 
     Example:
@@ -201,6 +214,38 @@ class SSN(SwitchableNorm):
             found = [ratios.argmax().item() for ratios in (self.mean_ratios, self.var_ratios)]
             choices = [k if j is None else j for j, k in zip(choices, found, strict=True)]
         return tuple(None if k is None else self.normalizers[k] for k in choices)
+
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        if self.training and x.shape[2:].numel() == 1:
+            self._check_one_number(x)
+
+    def _check_one_number(self, x: Tensor) -> None:
+        """Refuse (N, C) in training while a candidate would take its variance over one number.
+
+        Such a variance is 0. A map of one pixel may be one of several sizes, and a decided layer
+        has nothing to choose any more: for these it is a warning, once per process.
+        """
+        if x.dim() == 2 and self.known_choices() is None and not is_compiling():
+            self.learn_choices()
+        choices = self.known_choices()
+        if choices is None:
+            return
+        undecided = None in choices
+        names = {'IN', 'GN'} if self.num_groups == self.num_features else {'IN'}
+        names &= set(self.normalizers if undecided else (self.normalizers[k] for k in choices))
+        if not names:
+            return
+        groups = self.num_groups not in (1, self.num_features)
+        told = (
+            f'where {sorted(names)[-1]!r} has a variance of 0, of one number: a layer that selects '
+            'it puts out a constant, or multiplies by 1/sqrt(eps); build the layer with '
+            f'normalizers={("LN", "BN", "GN") if groups else ("LN", "BN")}'
+        )
+        if x.dim() == 2 and undecided:
+            raise ValueError(f'x: got shape {tuple(x.shape)} in training, {told}')
+        if not is_compiling():
+            _warn_once(f'{type(self).__name__} got shape {tuple(x.shape)} in training, {told}')
 
     def _uses_batch(self) -> bool:
         choices = self.known_choices() or (None, None)

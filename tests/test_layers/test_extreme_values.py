@@ -35,6 +35,8 @@ def run(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_size_of_the_input_does_not_matter(kind, shape, channels_last):
     if len(shape) == 2 and kind == 'IN':
         pytest.skip('every value is its own mean, and nothing but the bias is left')
+    if len(shape) == 2 and kind == 'SSN':
+        pytest.skip("an undecided layer with 'IN' refuses it")
     torch.manual_seed(2)
     x = torch.randn(shape)
     if channels_last:
@@ -55,7 +57,7 @@ def test_what_leaves_float32_raises_nothing(kind, shape, value):
     layer = layer_of(kind)
     x = torch.randn(shape)
     x[0, 0] = value
-    run(layer, x)
+    run(layer.train(kind != 'SSN' or x.dim() > 2), x)
     layer.eval()(x)
 
 

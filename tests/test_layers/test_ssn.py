@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -248,9 +249,10 @@ def test_mean_and_variance_have_ratios_of_their_own():
 @pytest.mark.parametrize('radius', [0.0, 0.5, 1.0])
 @pytest.mark.parametrize('preferred', range(4))
 def test_spatial_size_of_one_is_never_nan(shape, correction, radius, preferred):
-    layer = SSN(CHANNELS, normalizers=NORMALIZERS, num_groups=GROUPS, correction=correction)
+    names = NORMALIZERS if len(shape) > 2 else ('LN', 'BN', 'GN')
+    layer = SSN(CHANNELS, normalizers=names, num_groups=GROUPS, correction=correction)
     with torch.no_grad():
-        layer.mean_weight[preferred] = layer.var_weight[preferred] = 0.1
+        layer.mean_weight[preferred % len(names)] = layer.var_weight[preferred % len(names)] = 0.1
     set_radius(layer, radius)
     x = torch.randn(shape, requires_grad=True)
     for _ in range(2):
@@ -270,7 +272,7 @@ def test_spatial_size_of_one_is_never_nan(shape, correction, radius, preferred):
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('shape', [(0, CHANNELS, 7, 7), (0, CHANNELS), (0, CHANNELS, 5)])
 def test_empty_batch_is_treated_as_batch_norm_treats_it(shape, training, frozen):
-    layer = SSN(CHANNELS)
+    layer = SSN(CHANNELS, normalizers=('IN', 'LN', 'BN')[len(shape) == 2 :])
     expected = torch_layer('BN', dims=len(shape))
     set_radius(layer, 1.0 if frozen else 0.4)
     for module in (layer, expected):
@@ -303,7 +305,7 @@ def test_dimensions(layer, accepted):
     for dims in range(1, 7):
         x = torch.randn(shape[:dims])
         if dims in accepted:
-            assert layer(4)(x).shape == x.shape
+            assert layer(4).eval()(x).shape == x.shape
             continue
         with pytest.raises(ValueError, match=r'x: got shape .*, expected .*-D') as caught:
             layer(4)(x)
@@ -638,3 +640,69 @@ def test_gn_takes_every_number_of_channels(kind, channels, groups, told):
         assert torch.allclose(found(x), expected(x), atol=1e-5)
         (gradient,) = torch.autograd.grad(found(x), x, upstream)
         assert torch.allclose(gradient, wanted, atol=1e-4)
+
+
+# One number per channel
+
+
+ONE_NUMBER = r"x: got shape \(4, 64\) in training, where 'IN' .*normalizers=\('LN', 'BN', 'GN'\)"
+
+
+@pytest.mark.parametrize('kind', [SSN, SSN1d, SyncSSN])
+def test_an_undecided_layer_refuses_vectors_in_training(kind):
+    """The variance of 'IN' is 0 there, and what selects it is a constant."""
+    layer, x = kind(64), torch.randn(4, 64)
+    with pytest.raises(ValueError, match=ONE_NUMBER):
+        layer(x)
+    assert not layer.num_batches_tracked
+    layer.select(mean='LN')
+    with pytest.raises(ValueError, match=ONE_NUMBER):
+        layer(x)
+    assert layer.eval()(x).shape == x.shape
+
+
+def test_a_group_per_channel_is_refused_too():
+    layer, x = SSN(8, normalizers=('LN', 'GN')), torch.randn(4, 8)
+    assert layer.num_groups == 8
+    with pytest.raises(ValueError, match=r"where 'GN' .*normalizers=\('LN', 'BN'\)"):
+        layer(x)
+    assert SSN(64, normalizers=('LN', 'BN', 'GN'))(torch.randn(4, 64)).isfinite().all()
+
+
+def test_vectors_are_refused_although_something_wrote_to_the_buffers():
+    """As DistributedDataParallel does, which sends those of process 0 to all."""
+    layer = SSN(64)
+    layer.mean_fixed.fill_(0)
+    assert layer.known_choices() is None
+    with pytest.raises(ValueError, match=ONE_NUMBER):
+        layer(torch.randn(4, 64))
+
+
+def test_a_decided_layer_takes_vectors(monkeypatch):
+    monkeypatch.setattr('ssn_plugin.layers.ssn._warned', False)
+    layer, x = SSN(64), torch.randn(4, 64)
+    layer.select('LN', 'BN')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        layer(x)
+    layer.select(mean='IN')  # as files from before may say
+    with pytest.warns(UserWarning, match="where 'IN' has a variance of 0"):
+        assert torch.equal(layer(x), torch.zeros_like(x))
+
+
+def test_a_map_of_one_pixel_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr('ssn_plugin.layers.ssn._warned', False)
+    layer, x = SSN(64), torch.randn(4, 64, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        layer(torch.randn(4, 64, 2, 1))
+        layer.eval()(x)
+        SSN(64, normalizers=('LN', 'BN'))(x)
+    layer.train()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        layer(x)
+        layer(x)
+    (once,) = told
+    assert "got shape (4, 64, 1, 1) in training, where 'IN'" in str(once.message)
+    assert once.filename == __file__
