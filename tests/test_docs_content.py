@@ -160,26 +160,6 @@ def test_converted_config_builds(tmp_path):
     assert ast.literal_eval(_arguments(added)) == ssn_norm()
 
 
-@pytest.mark.parametrize(
-    ('place', 'base'),
-    [
-        (0, 'coco/mask-rcnn_r50_fpn_ssn-all_2x_coco.py'),
-        (1, 'cityscapes/deeplabv3plus_r50-d8_ssn-all_4xb2-80k_cityscapes-512x1024.py'),
-    ],
-)
-def test_configs_for_one_image_build(place, base, tmp_path):
-    changes = [t for t in blocks(ROOT / 'docs' / 'convert.md', 'python') if 'new = ' in t]
-    assert len(changes) == 2
-    path = str(ROOT / 'configs' / base)
-    config = as_config(f'_base_ = [{path!r}]\n{changes[place]}', tmp_path)
-    model = built(config)
-    assert model.backbone.norm_eval
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SwitchableNorm)}
-    assert len({name.split('.')[0] for name in layers}) == 3
-    for name, layer in layers.items():
-        assert ('BN' in layer.normalizers) == name.startswith('backbone.'), name
-
-
 def _arguments(line: str) -> str:
     inside = re.search(r'dict\((.*)\)', line).group(1)
     return '{' + re.sub(r'(\w+)=', r"'\1': ", inside) + '}'
