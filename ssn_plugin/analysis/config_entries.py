@@ -87,7 +87,7 @@ def checkpoints_in(node: object, key: str) -> Iterator[NamedCheckpoint]:
         ['model.teacher_ckpt']
     """
     if isinstance(node, Mapping):
-        pretrained = type_name(node) in ('Pretrained', 'PretrainedInit')
+        pretrained = type_name(node).startswith('Pretrained')
         for name, child in node.items():
             place = f'{key}.{name}'
             if not isinstance(child, str):

@@ -29,16 +29,26 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
         CheckpointError: If there is no such file, it is truncated or no checkpoint, or it needs
             code to be unpickled.
     """
+    checkpoint = read_file(path, allow_pickle)
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, expected a dict')
+    return checkpoint
+
+
+def read_file(path: str | os.PathLike, allow_pickle: bool = False) -> object:
+    """Read what :func:`read_checkpoint` does, and what is no dict too.
+
+    Args:
+        path: As there.
+        allow_pickle: As there.
+    """
     path = os.fspath(path)
     if os.path.isdir(path):
         raise CheckpointError(f'{path}: is a folder, expected a checkpoint file')
     if not os.path.isfile(path):
         raise CheckpointError(f'{path}: no such file (looked for from {os.getcwd()})')
     with weights_only(allow_pickle):
-        checkpoint = torch.load(path, map_location='cpu')
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, expected a dict')
-    return checkpoint
+        return torch.load(path, map_location='cpu')
 
 
 def weights_entry(checkpoint: Mapping) -> str | None:

@@ -1,7 +1,7 @@
 """Checks what a config needs from the disk before a run starts: one clear line, not a trace."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mmengine.config import Config
@@ -16,6 +16,7 @@ from ssn_plugin.analysis.config_entries import (
     is_remote,
     type_name,
 )
+from ssn_plugin.checkpoint.files import read_file
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.model_check import check_norms
 from ssn_plugin.models.pretrained import load_checkpoint
@@ -126,29 +127,34 @@ def check_checkpoints(
     for key, switch, path, initial in wanted:
         if '://' in path and int(os.environ.get('LOCAL_RANK', 0)) != 0:
             continue
+        # Parts that read files while they are built read other things than state dicts too.
         checkpoint = check_checkpoint(
             key,
             path,
-            f'; name another file by --cfg-options {key}=FILE, '
+            load_checkpoint if initial or '://' in path else read_file,
+            advice=f'; name another file by --cfg-options {key}=FILE, '
             f'or do without it by --cfg-options {switch}=None',
         )
         if initial and model is not None:
             check_norms(model, key, path, checkpoint)
 
 
-def check_checkpoint(name: str, path: str, advice: str = '') -> Mapping:
+def check_checkpoint(
+    name: str, path: str, read: Callable = load_checkpoint, advice: str = ''
+) -> Mapping:
     """Load a checkpoint once, to see that it can be; return what it holds.
 
     Args:
         name: The argument or config entry that names it.
         path: File or address.
+        read: How to.
         advice: What to do about it, for the error.
 
     Raises:
         InputError: If there is no such file or it cannot be loaded.
     """
     try:
-        return load_checkpoint(path)
+        return read(path)
     except CheckpointError as error:
         raise InputError(f'{name}: {error}{advice}') from error
 

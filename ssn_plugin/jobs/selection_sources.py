@@ -11,6 +11,7 @@ from ssn_plugin.analysis.layer_ratios import (
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
 from ssn_plugin.checkpoint.layout import shown
 from ssn_plugin.checkpoint.traits import told_candidates
+from ssn_plugin.checkpoint.unpickling import weights_only
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.last_checkpoint import last_checkpoint
@@ -76,7 +77,8 @@ def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[La
                 f'{path}: names no weights, neither by load_from nor by init_cfg; expected '
                 f'{path}:CHECKPOINT'
             )
-        model.init_weights()
+        with weights_only(allow_pickle):
+            model.init_weights()
         return layer_ratios(model)
     reads = load_checkpoint if '://' in checkpoint else read_checkpoint
     state = weights_in(reads(checkpoint, allow_pickle), checkpoint)

@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from ssn_plugin.checkpoint.layout import shown
+from ssn_plugin.checkpoint.unpickling import weights_only
 from ssn_plugin.errors import CheckpointError, InputError, in_one_line
 from ssn_plugin.jobs.explained_errors import building
 
@@ -41,7 +42,8 @@ def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
         raise InputError(f'config: {path} has no model')
     init_default_scope(config.get('default_scope', 'mmengine'))
     try:
-        return MODELS.build(model_settings(config))
+        with weights_only():  # some parts read files while they are built
+            return MODELS.build(model_settings(config))
     except Exception as error:
         # The registry raises what the missing package or the model's own code raises, and puts a
         # sentence before it for each class that it was building.

@@ -47,12 +47,14 @@ def load_checkpoint(path: str, allow_pickle: bool = False) -> dict:
         try:
             checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
             _check_download(path)
-            return checkpoint
         except CheckpointError:
             raise
         except Exception as error:
-            # A name unknown to the scheme, no network, what unpickling raises.
+            # A name unknown to the scheme, no network.
             raise explain_load_error(path, error) from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, expected a dict')
+    return checkpoint
 
 
 def _check_download(address: str) -> None:
