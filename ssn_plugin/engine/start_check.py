@@ -19,6 +19,8 @@ from ssn_plugin.layers.sync_ssn import SyncSSN
 from ssn_plugin.models.collapsed_model import NAME as COLLAPSED
 
 _OTHER_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+# Up to which IN and BN are nearly the same in training.
+_FEW_IMAGES = 4
 _SSN_TYPES = ('SSN', 'SSN1d', 'SSN2d', 'SSN3d', 'SyncSSN')
 
 
@@ -190,8 +192,8 @@ def training_warnings(
             f'{len(held)} undecided SSN layers take running statistics while they learn, in '
             f'{_places(held)}: set norm_eval=False, or start from decided weights'
         )
-    if images == 1:
-        yield from _one_image_warnings(layers, learning)
+    if images is not None and images <= _FEW_IMAGES:
+        yield from _few_images_warnings(layers, learning, images)
 
 
 def _optimizer_warnings(
@@ -215,8 +217,8 @@ def _optimizer_warnings(
         )
 
 
-def _one_image_warnings(
-    layers: Mapping[str, nn.Module], learning: Mapping[str, nn.Module]
+def _few_images_warnings(
+    layers: Mapping[str, nn.Module], learning: Mapping[str, nn.Module], images: int
 ) -> Iterator[str]:
     several = get_world_size() > 1
     alone = {
@@ -227,19 +229,20 @@ def _one_image_warnings(
         and 'BN' in layer.normalizers
         and not (several and isinstance(layer, SyncSSN))
     }
-    told = 'BN computes in training what IN does, and something else in evaluation'
-    misled = {name: layer for name, layer in alone.items() if name in learning}
+    misled = {n: layer for n, layer in alone.items() if n in learning and 'IN' in layer.normalizers}
     if misled:
         yield (
-            f'1 image per process: in {len(misled)} undecided SSN layers {told}: set '
-            "normalizers=('IN', 'LN', 'GN') in the norm_cfg of layers that have yet to select, "
-            'take more images, or SyncSSN over several processes'
+            f'images per process: {images}, and {len(misled)} SSN layers have yet to select '
+            'between IN and BN, which so few images hardly tell apart in training, but in '
+            "evaluation: set normalizers=('LN', 'GN', 'BN') in their norm_cfg and end=0.3 in "
+            'SSNRadiusHook, or SyncSSN over several processes (docs/convert.md)'
         )
     settled = {n: m for n, m in alone.items() if n not in learning and 'BN' in m.selected}
-    if settled:
+    if settled and images == 1:
         yield (
-            f'1 image per process: {len(settled)} SSN layers have selected BN, and {told}: set '
-            f'norm_eval=True for those of an SSNResNet, in {_places(settled)}'
+            f'1 image per process, and {len(settled)} SSN layers have selected BN, whose '
+            'statistics it is in training and not in evaluation: set norm_eval=True for those of '
+            f'an SSNResNet, in {_places(settled)}'
         )
 
 

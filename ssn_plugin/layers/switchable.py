@@ -304,15 +304,15 @@ class SwitchableNorm(StatisticsNorm):
         return batch
 
     def _warn_of_one_sample(self) -> None:
-        """Warn once per process that 'BN' learns nothing of its own from one sample at a time."""
+        """Warn once per process that one sample does not tell the candidates BN and IN apart."""
         global _warned
-        if _warned or not self._uses_batch():
+        if _warned or 'IN' not in self.normalizers or not self._uses_batch():
             return
         _warned = True
         warnings.warn(
             f"{type(self).__name__} got a batch of one sample in training. There 'BN' computes "
             "what 'IN' does, but in evaluation it uses running statistics: a layer that selects it "
-            "performs worse then. Set normalizers=('IN', 'LN', 'GN') in layers that have yet to "
+            "performs worse then. Set normalizers=('LN', 'GN', 'BN') in layers that have yet to "
             'select, take more samples per process, or let several processes share statistics with '
             'SyncSSN.',
             stacklevel=5,

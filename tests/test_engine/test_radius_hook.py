@@ -363,26 +363,3 @@ def test_sync_buffers_hook_keeps_radius_and_flags(tmp_path):
             flags.add((layer[1], layer[2]))
     assert flags <= {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert all(layer[1:3] == [1, 1] for layer in report0[-1])
-
-
-@pytest.mark.parametrize(
-    ('images', 'normalizers', 'radius', 'told'),
-    [
-        (4, ('IN', 'LN', 'BN'), 0.0, True),
-        (1, ('IN', 'LN', 'BN'), 0.0, True),
-        (5, ('IN', 'LN', 'BN'), 0.0, False),
-        (None, ('IN', 'LN', 'BN'), 0.0, False),  # a loader with batches of its own
-        (1, ('LN', 'GN', 'BN'), 0.0, False),
-        (1, ('IN', 'LN', 'BN'), 1.0, False),  # decided: as a released file is
-    ],
-)
-def test_a_better_rule_at_few_images_is_told(images, normalizers, radius, told):
-    model = nn.Sequential(SSN(4, normalizers=normalizers))
-    set_radius(model, radius)
-    runner = Mock(model=model, train_dataloader=Mock(batch_size=images))
-    SSNRadiusHook().before_train(runner)
-    lines = [call.args[0] for call in runner.logger.info.call_args_list]
-    assert len(lines) == told
-    if told:
-        assert f'{images} images per process' in lines[0]
-        assert 'normalizers=("LN", "GN", "BN")' in lines[0]

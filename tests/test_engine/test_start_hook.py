@@ -31,8 +31,9 @@ def trained(make_runner, hooks=HOOKS, **overrides):
 
 
 def test_a_sound_run_has_facts_alone(make_runner):
-    block = trained(make_runner, validate=True)
-    assert '2 SSN in norm1 (1), norm2 (1); candidates IN, LN, BN' in block
+    model = dict(type='ToyNet', norm_cfg=dict(type='SSN', normalizers=('LN', 'GN', 'BN')))
+    block = trained(make_runner, validate=True, model=model)
+    assert '2 SSN in norm1 (1), norm2 (1); candidates LN, GN, BN' in block
     assert '0 of 2 SSN layers are decided' in block
     assert 'images per process: 3' in block
     assert 'WARNING' not in block
@@ -103,12 +104,10 @@ def test_one_image_per_process(make_runner):
         collate_fn=dict(type='default_collate'),
     )
     block = trained(make_runner, train_dataloader=loader)
-    assert 'images per process: 1' in block
-    assert 'WARNING 1 image per process: in 2 undecided SSN layers' in block
-    assert "normalizers=('IN', 'LN', 'GN')" in block
-    no_bn = dict(type='ToyNet', norm_cfg=dict(type='SSN', normalizers=('IN', 'LN')))
-    hooks = [HOOKS[0], dict(HOOKS[1], begin=0.3)]
-    assert 'WARNING' not in trained(make_runner, hooks, model=no_bn, train_dataloader=loader)
+    assert 'WARNING images per process: 1, and 2 SSN layers have yet to select between' in block
+    assert "normalizers=('LN', 'GN', 'BN')" in block
+    model = dict(type='ToyNet', norm_cfg=dict(type='SSN', normalizers=('LN', 'GN', 'BN')))
+    assert 'WARNING' not in trained(make_runner, model=model, train_dataloader=loader)
 
 
 # ------------------------------------------------------------- the parts, on models of their own
@@ -138,7 +137,7 @@ class Net(nn.Module):
             setattr(self, name, part)
 
 
-def warnings_of(model, images=4, hooks=('SSNRadiusHook',), config=None, optimizers=()):
+def warnings_of(model, images=5, hooks=('SSNRadiusHook',), config=None, optimizers=()):
     return list(start_check.training_warnings(model, images, hooks, config or {}, optimizers))
 
 
@@ -162,6 +161,27 @@ def test_a_decided_backbone_may_be_held():
     assert not warnings_of(model, images=1, hooks=())
 
 
+@pytest.mark.parametrize(
+    ('images', 'normalizers', 'radius', 'told'),
+    [
+        (4, ('IN', 'LN', 'BN'), 0.0, 1),
+        (1, ('IN', 'LN', 'BN'), 0.0, 1),
+        (5, ('IN', 'LN', 'BN'), 0.0, 0),
+        (None, ('IN', 'LN', 'BN'), 0.0, 0),  # a loader with batches of its own
+        (1, ('LN', 'GN', 'BN'), 0.0, 0),
+        (2, ('IN', 'LN', 'BN'), 1.0, 0),  # decided, as a released file is
+    ],
+)
+def test_few_images(images, normalizers, radius, told):
+    model = nn.Sequential(SSN(4, normalizers=normalizers))
+    set_radius(model, radius)
+    lines = warnings_of(model, images)
+    assert len(lines) == told
+    if told:
+        assert lines[0].startswith(f'images per process: {images}, and 1 SSN layers')
+        assert 'end=0.3' in lines[0]
+
+
 def test_one_image_where_processes_share_their_statistics(monkeypatch):
     model = Net(a=SyncSSN(4))
     assert warnings_of(model, images=1)
@@ -179,7 +199,7 @@ def test_one_image_and_layers_that_have_selected_bn():
         model.backbone.layers[0].var_weight[0] = 1
     set_radius(model, 1.0)
     (warning,) = warnings_of(model, images=1)
-    assert warning.startswith('1 image per process: 1 SSN layers have selected BN')
+    assert warning.startswith('1 image per process, and 1 SSN layers have selected BN')
     assert 'norm_eval=True' in warning
     model.backbone.norm_eval = True
     assert not warnings_of(model, images=1)

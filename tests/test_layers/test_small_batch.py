@@ -38,7 +38,7 @@ def chosen(name: str) -> SSN:
 def test_once_with_the_ways_out(kind):
     (text,) = told(nn.Sequential(kind(4), kind(4)))
     assert text.startswith(f'{kind.__name__} got a batch of one sample in training.')
-    assert "normalizers=('IN', 'LN', 'GN')" in text
+    assert "normalizers=('LN', 'GN', 'BN')" in text
     assert 'SyncSSN' in text
     assert not told(kind(4))
 
@@ -58,11 +58,12 @@ def test_the_claim():
         (SSN(4), 2),
         (SSN(4).eval(), 1),
         (SSN(4, normalizers=('IN', 'LN')), 1),
+        (SSN(4, normalizers=('LN', 'GN', 'BN')), 1),
         # these use the statistics of the batch in evaluation too
         (SSN(4, track_running_stats=False), 1),
         (chosen('LN'), 1),
     ],
-    ids=['two samples', 'evaluation', 'no BN', 'untracked', 'decided against BN'],
+    ids=['two samples', 'evaluation', 'no BN', 'no IN', 'untracked', 'decided against BN'],
 )
 def test_silence(layer, num):
     assert not told(layer, num)

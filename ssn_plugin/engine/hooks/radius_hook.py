@@ -13,9 +13,6 @@ from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layer
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.training import radius_at
 
-_PAPERS = ('IN', 'LN', 'BN')
-_FEW_IMAGES = 4
-
 
 class SSNRadiusHook(Hook):
     """Grow the radius of every SSN linearly with the iteration, and freeze what became one-hot.
@@ -90,7 +87,7 @@ class SSNRadiusHook(Hook):
             self._copies = AveragedCopies(tuple(known))
 
     def before_train(self, runner) -> None:
-        """Say so if there is nothing to schedule, nothing that could be learned, or a better rule.
+        """Say so if there is nothing to schedule, or nothing that could be learned.
 
         Args:
             runner: mmengine's Runner.
@@ -112,7 +109,6 @@ class SSNRadiusHook(Hook):
                 f'{pairs[0].normalizers}, and choose within the first iterations when the radius '
                 'grows from the start; set begin, for example dict(type="SSNRadiusHook", begin=0.3)'
             )
-        _tell_of_few_images(runner, layers)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Set the radius, in all averaged copies of the model too.
@@ -173,18 +169,6 @@ class SSNRadiusHook(Hook):
                 f'SSNRadiusHook: {len(frozen)} SSN layers with frozen parameters keep ratios that '
                 f'are not one-hot: {", ".join(frozen)}'
             )
-
-
-def _tell_of_few_images(runner, layers: list[SSN]) -> None:
-    """Name the candidates that do better at few images, to whoever takes the paper's."""
-    images = getattr(runner.train_dataloader, 'batch_size', None)
-    few = isinstance(images, int) and images <= _FEW_IMAGES
-    if few and any(layer.normalizers == _PAPERS and None in layer.selected for layer in layers):
-        runner.logger.info(
-            f'SSNRadiusHook: SSN layers choose among {_PAPERS} at {images} images per process, '
-            'where norm_cfg=dict(type="SSN", normalizers=("LN", "GN", "BN")) and '
-            'dict(type="SSNRadiusHook", end=0.3) do better (studies/defaults/README.md)'
-        )
 
 
 def _is_finite(layer: SSN) -> bool:
