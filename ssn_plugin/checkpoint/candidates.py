@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -89,6 +90,31 @@ def recorded_candidates(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...
         for name, entry in record.items()
         if are_candidates(entry.get('normalizers'))
     }
+
+
+def record_candidates(state: Mapping[str, Tensor], told: Candidates) -> Mapping[str, Tensor]:
+    """The state dict of an old file, with the candidates of its layers as new files record them.
+
+    Layers compare the record with their own candidates while they load. What nothing tells stays
+    without a record.
+    """
+    known = recorded_candidates(state)
+    layers = [key.removesuffix('.mean_weight') for key in state if key.endswith('.mean_weight')]
+    names = {
+        layer: told.of(layer, state[f'{layer}.mean_weight'].numel(), state)
+        for layer in layers
+        if layer.removeprefix('module.') not in known
+    }
+    if not (told.configured and any(names.values())):
+        return state
+    recorded = OrderedDict(state)
+    recorded._metadata = OrderedDict(getattr(state, '_metadata', {}))
+    for layer, candidates in names.items():
+        if candidates:
+            record = dict(recorded._metadata.get(layer, {}), normalizers=candidates)
+            # mmengine takes this prefix off the keys, and leaves the record as it is.
+            recorded._metadata[layer.removeprefix('module.')] = record
+    return recorded
 
 
 def are_candidates(names: object) -> bool:

@@ -1,9 +1,19 @@
 """Names of candidates: by default, by the running statistics, by the text of a config."""
 
+from collections import OrderedDict
+
 import pytest
+from torch import nn
 
 from ssn_plugin import SN, SSN
-from ssn_plugin.checkpoint.candidates import Candidates, candidate_names, configured_candidates
+from ssn_plugin.checkpoint.candidates import (
+    Candidates,
+    candidate_names,
+    configured_candidates,
+    record_candidates,
+)
+from ssn_plugin.checkpoint.traits import told_candidates
+from ssn_plugin.errors import CheckpointError
 
 
 @pytest.mark.parametrize(
@@ -58,3 +68,26 @@ def test_a_config_is_read_and_not_run(tmp_path):
     text = f"open('{tmp_path / 'ran'}', 'w')\nnorm_cfg = dict(type='SSN')\n"
     assert configured_candidates(text) == {3: ('IN', 'LN', 'BN')}
     assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_an_old_file_is_compared_by_its_config(prefix):
+    """Of a run before layers recorded their candidates, which its config names."""
+    model = nn.Sequential(SSN(8, normalizers=('LN', 'GN', 'BN')))
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    config = "norm_cfg = dict(type='SSN', normalizers=('LN', 'GN', 'BN'))"
+    checkpoint = {'meta': {'cfg': config}, 'state_dict': state}
+    recorded = record_candidates(state, told_candidates(checkpoint))
+    assert recorded._metadata['0']['normalizers'] == ('LN', 'GN', 'BN')
+    plain = OrderedDict((key.removeprefix(prefix), value) for key, value in recorded.items())
+    plain._metadata = recorded._metadata
+    model.load_state_dict(plain)
+    with pytest.raises(CheckpointError, match='candidates'):
+        nn.Sequential(SSN(8)).load_state_dict(plain)
+
+
+def test_what_nothing_tells_stays_without_a_record():
+    state = dict(nn.Sequential(SSN(8)).state_dict())
+    assert record_candidates(state, Candidates()) is state
+    fresh = nn.Sequential(SSN(8)).state_dict()
+    assert record_candidates(fresh, Candidates(configured={3: ('LN', 'GN', 'BN')})) is fresh

@@ -3,7 +3,8 @@
 import torch
 from mmengine.hooks import Hook
 
-from ssn_plugin.checkpoint.traits import traits_of
+from ssn_plugin.checkpoint.candidates import record_candidates
+from ssn_plugin.checkpoint.traits import told_candidates, traits_of
 from ssn_plugin.engine.averaged_copies import AveragedCopies
 from ssn_plugin.engine.checkpoint_schemes import fit_loaded
 from ssn_plugin.engine.learning_rates import keep_ratios
@@ -75,7 +76,7 @@ class SSNRadiusHook(Hook):
         return radius_at(progress, self.begin, self.end, self.start_radius, self.end_radius)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Fit what ``load_from='bn2ssn://...'`` loaded to the model.
+        """Fit a warm start (``bn2ssn://``) to the model, and name the candidates of old files.
 
         Args:
             runner: mmengine's Runner.
@@ -85,6 +86,9 @@ class SSNRadiusHook(Hook):
         if runner._resume:  # which parts of the model were found to be copies before
             known = checkpoint.get('meta', {}).get('averaged_copies', ())
             self._copies = AveragedCopies(tuple(known))
+        if 'state_dict' in checkpoint:
+            told = told_candidates(checkpoint)
+            checkpoint['state_dict'] = record_candidates(checkpoint['state_dict'], told)
 
     def before_train(self, runner) -> None:
         """Say so if there is nothing to schedule, or nothing that could be learned.
