@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALL = sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
 # mmpretrain and mmaction2 have environments and tests of their own: test_pretraining and
 # test_other_codebases.
-ELSEWHERE = ('imagenet', 'kinetics')
+ELSEWHERE = ('imagenet', 'kinetics', 'faces')
 CONFIGS = [
     path for path in ALL if path.parent.name not in ELSEWHERE and not path.name.startswith('resnet')
 ]
