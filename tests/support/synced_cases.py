@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssn_plugin import SSN, SyncSSN, set_radius
-from ssn_plugin.ops.switchable_norm import aten
+from ssn_plugin.ops.switchable_norm import aten, dispatch
 
 FOUR = ('IN', 'LN', 'BN', 'GN')
 CHANNELS = 6
@@ -120,8 +120,9 @@ def step(case: Case, layer: SSN, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return found | {f'd{name}': p.grad.clone() for name, p in layer.named_parameters()}
 
 
-def run_cases(rank: int, world: int) -> dict[str, dict]:
+def run_cases(rank: int, world: int, backend: str) -> dict[str, dict]:
     """All cases in one process: tensors of the last step, buffers, collectives."""
+    dispatch._BACKEND = backend
     counter = dist.all_reduce = Counter()
     found = {}
     for case in CASES:

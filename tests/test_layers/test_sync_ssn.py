@@ -24,10 +24,18 @@ from ssn_plugin.ops import reference
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 
 
-@pytest.fixture(scope='module', params=[2, 3], ids=['2 processes', '3 processes'])
+@pytest.fixture(
+    scope='module',
+    params=[(2, 'eager'), (3, 'eager'), (2, 'triton')],
+    ids=['2 processes', '3 processes', '2 processes on the kernels'],
+)
 def found(request, tmp_path_factory) -> list[dict]:
     """What every process computed in every case."""
-    return run_processes(run_cases, request.param, tmp_path_factory.mktemp('processes'))
+    world, backend = request.param
+    if backend == 'triton':
+        pytest.importorskip('triton')
+    folder = tmp_path_factory.mktemp('processes')
+    return run_processes(run_cases, world, folder, backend, seconds=300)
 
 
 def joined_moments(case: Case, xs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -1,7 +1,8 @@
 """Compile the kernels for GPUs that need not be there; run by test_triton.py.
 
-python tests/test_ops/compile_kernels.py variants    # everything a layer can launch, types alone
-python tests/test_ops/compile_kernels.py machine     # a sample down to machine code, its registers
+python tests/test_ops/compile_kernels.py variants       # everything a layer can launch, types alone
+python tests/test_ops/compile_kernels.py ptx 80 90      # one of every kernel
+python tests/test_ops/compile_kernels.py machine 80 90  # a sample down to machine code, registers
 
 Records the launches of calls on memory that nobody reads, and compiles each as a launch would. It
 needs a process of its own, in which Triton compiles instead of interpreting.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import triton
@@ -21,7 +23,9 @@ from triton.compiler import ASTSource, make_backend
 
 from ssn_plugin.ops.switchable_norm.triton import launch as backend
 
-GENERATIONS = (80, 90)
+sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
+from shapes import SHAPES
+
 POINTERS = {
     torch.float32: '*fp32',
     torch.float16: '*fp16',
@@ -72,11 +76,13 @@ def call(
     if ratio_map != 'sparsestmax':
         state = (None,) * 5
     control = torch.empty(2, len(normalizers), dtype=parameters)
+    if None not in selected:
+        control, state = (None, None), (None,) * 5
     vectors = [torch.empty(shape[1], dtype=parameters) for _ in range(4)]
     weight, bias = (v if keep else None for v, keep in zip(vectors, affine, strict=False))
     running = vectors[2:] if tracked and 'BN' in normalizers else (None, None)
     settings = (normalizers, 2, correction, 1e-5, selected)
-    _, saved = backend.forward(
+    _, saved, _ = backend.forward(
         x, *control, ratio_map, *state, weight, bias, *running, momentum, training, *settings
     )
     constant = not training and running[0] is not None
@@ -216,33 +222,70 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack
 
 
-def machine() -> None:
-    """A line per kernel and generation of typical calls, compiled down to machine code."""
+def sample() -> Iterator[dict]:
+    """Arguments of :func:`call`: the inputs of the benchmark, and one of every other kind."""
+    for shape in SHAPES:
+        yield dict(shape=shape.size)
+    large = (2, 64, 200, 336)
+    for dtype in (torch.bfloat16, torch.float16):
+        for shape in (large, (2, 2048, 25, 42), (256, 256, 14, 14)):
+            yield dict(shape=shape, dtype=dtype)
+    for shape in (large, (2, 256, 50, 84), (32, 512, 7, 7)):
+        yield dict(shape=shape, last=True)
+        yield dict(shape=shape, dtype=torch.bfloat16, last=True)
+    yield dict(shape=(2, 512, 25, 42), ratio_map='softmax', training=False)
+    yield dict(shape=(512, 256, 7, 7), normalizers=FOUR, ratio_map='given')
+    for k in range(3):
+        yield dict(shape=large, selected=(k, k))
+        yield dict(shape=large, selected=(k, k), training=False)
+
+
+def machine(generations: tuple[int, ...]) -> None:
+    """A line per kernel of :func:`sample`, compiled down to machine code."""
     record()
-    launches.clear()
-    for arguments in (
-        dict(shape=(2, 64, 200, 336), dtype=torch.bfloat16),
-        dict(shape=(2, 512, 25, 42), ratio_map='softmax', training=False),
-        dict(shape=(2, 64, 200, 336), dtype=torch.bfloat16, last=True, normalizers=FOUR),
-        dict(shape=(512, 256, 7, 7), normalizers=FOUR, ratio_map='given'),
-        dict(shape=(2, 64, 200, 336), training=False, selected=(2, 2)),
-    ):
+    done = set()
+    for arguments in sample():
+        launches.clear()
         call(**arguments)
+        for kernel, args, kwargs in launches:
+            signature, constants, attributes, options = specialised(kernel, args, kwargs)
+            key = (kernel, *signature.items(), *constants.items(), *options.items())
+            if key in done:
+                continue
+            done.add(key)
+            for generation in generations:
+                source = ASTSource(
+                    fn=kernel, signature=signature, constexprs=constants, attrs=attributes
+                )
+                target = GPUTarget('cuda', generation, 32)
+                compiled = triton.compile(source, target=target, options=options)
+                registers, spilled = resources(compiled.asm['cubin'])
+                print(
+                    f'{kernel.fn.__name__} sm_{generation} {arguments}: {registers} registers, '
+                    f'{spilled} bytes spilled',
+                    flush=True,
+                )
+
+
+def ptx(generations: tuple[int, ...]) -> None:
+    """The entry of every kernel as the driver would get it, of one layer that launches them all."""
+    record()
+    call((8, 32, 5, 5), normalizers=FOUR, tracked=True, momentum=torch.empty(()))
     for kernel, args, kwargs in launches:
         signature, constants, attributes, options = specialised(kernel, args, kwargs)
-        for generation in GENERATIONS:
+        for generation in generations:
             source = ASTSource(
                 fn=kernel, signature=signature, constexprs=constants, attrs=attributes
             )
             target = GPUTarget('cuda', generation, 32)
-            compiled = triton.compile(source, target=target, options=options)
-            registers, spilled = resources(compiled.asm['cubin'])
-            print(
-                f'{kernel.fn.__name__} sm_{generation}: {registers} registers, '
-                f'{spilled} bytes spilled',
-                flush=True,
-            )
+            text = triton.compile(source, target=target, options=options).asm['ptx']
+            print(next(line for line in text.splitlines() if '.entry' in line), flush=True)
 
 
 if __name__ == '__main__':
-    {'variants': variants, 'machine': machine}[sys.argv[1]]()
+    if sys.argv[1] == 'variants':
+        variants()
+    elif sys.argv[1] == 'ptx':
+        ptx(tuple(int(number) for number in sys.argv[2:]))
+    else:
+        machine(tuple(int(number) for number in sys.argv[2:]))

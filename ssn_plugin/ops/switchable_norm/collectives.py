@@ -132,3 +132,11 @@ class EmptyShareFunction(torch.autograd.Function):
             nothing, count = ctx.saved_tensors
             all_reduce_gradients(Moments(nothing, nothing), count, ctx.group)
         return dy, *(None,) * 4
+
+
+def refuse_second_derivatives() -> None:
+    """Say that there are none over several processes, and who has them."""
+    raise RuntimeError(
+        'SyncSSN: got a backward pass with create_graph=True, expected one without: second '
+        'derivatives over several processes are not there; revert_sync_ssn(model) has them'
+    )

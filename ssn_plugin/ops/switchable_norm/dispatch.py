@@ -19,7 +19,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ssn_plugin.ops.switchable_norm import aten, native
-from ssn_plugin.ops.switchable_norm.collectives import BatchMoments, EmptyShareFunction
+from ssn_plugin.ops.switchable_norm.collectives import (
+    BatchMoments,
+    EmptyShareFunction,
+    refuse_second_derivatives,
+)
 from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients
 from ssn_plugin.ops.switchable_norm.ratios import (
     Control,
@@ -117,7 +121,9 @@ def switchable_norm(
         group = group if _needs_batch(*ratios, settings) else None
     if x.numel() == 0 and group is None:
         return _empty_result(x, control.mean, control.var, weight, bias)
-    fused = None if group is not None else _fused_function(x)
+    fused = None
+    if x.numel() and not (group is not None and is_compiling()):
+        fused = _fused_function(x)
     if fused is not None:
         running_mean, running_var = batch.tracked or batch.given or (None, None)
         return fused.apply(
@@ -134,6 +140,7 @@ def switchable_norm(
             control.selection,
             control.known,
             settings,
+            group,
         )
     mean, var = ratios or read_ratios(control, size)
     sources = [control.mean, control.var]
@@ -328,10 +335,7 @@ def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, mean_control, var_control, weight, given_mean, given_var, *_ = ctx.saved_tensors
     mean, var, _, settings, _, group = ctx.call
     if group is not None:
-        raise RuntimeError(
-            'SyncSSN: got a backward pass with create_graph=True, expected one without: second '
-            'derivatives over several processes are not there; revert_sync_ssn(model) has them'
-        )
+        refuse_second_derivatives()
     controls = (mean_control, var_control)
     values = []
     for ratios, control in zip((mean, var), controls, strict=True):

@@ -16,7 +16,7 @@ _SETTINGS = (
     'int? mean_selected=None, int? var_selected=None'
 )
 _FORWARD = (
-    '(Tensor x, Tensor mean_control, Tensor var_control, str ratio_map, Tensor? radius, '
+    '(Tensor x, Tensor? mean_control, Tensor? var_control, str ratio_map, Tensor? radius, '
     'Tensor? mean_fixed, Tensor? var_fixed, Tensor? mean_choice, Tensor? var_choice, '
     'Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, '
     f'float momentum, Tensor? momentum_tensor, bool training, {_SETTINGS}) -> (Tensor, Tensor)'
@@ -44,12 +44,13 @@ def switchable_norm_forward(
     normalizers, num_groups, correction, eps, mean_selected=None, var_selected=None,
 ):  # fmt: skip
     """y and the saved vector."""
-    return backend.forward(
+    y, saved, _ = backend.forward(
         x, mean_control, var_control, ratio_map, radius, mean_fixed, var_fixed, mean_choice,
         var_choice, weight, bias, running_mean, running_var,
         momentum if momentum_tensor is None else momentum_tensor, training,
         normalizers, num_groups, correction, eps, (mean_selected, var_selected),
     )  # fmt: skip
+    return y, saved
 
 
 @switchable_norm_forward.register_fake

@@ -2,7 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from ssn_plugin.ops.switchable_norm.collectives import refuse_second_derivatives
 from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients
 from ssn_plugin.ops.switchable_norm.ratios import Choices, Control, Selection, ratio_tensors
 from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
@@ -10,31 +12,40 @@ from ssn_plugin.ops.switchable_norm.triton import launch as triton
 from ssn_plugin.torch_versions import is_compiling
 
 
-def _forward(momentum: float | Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def _forward(
+    momentum: float | Tensor, group: ProcessGroup | None, *arguments
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The kernels, or inside torch.compile the operator that stands for them."""
     *tensors, training, settings, selected = arguments
     normalizers, num_groups, correction, eps = settings
     if not is_compiling():
         return triton.forward(
-            *tensors, momentum, training, normalizers, num_groups, correction, eps, selected
+            *tensors, momentum, training, normalizers, num_groups, correction, eps, selected, group
         )
     # Not before: to register a custom operator imports Triton.
     from ssn_plugin.ops.switchable_norm.triton import custom_ops
 
     number, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
-    return custom_ops.switchable_norm_forward(
+    y, saved = custom_ops.switchable_norm_forward(
         *tensors, number, tensor, training, normalizers, num_groups, correction, eps, *selected
     )
+    return y, saved, None
 
 
 def _backward(
-    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, ctx, wanted: list[bool]
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    count: Tensor | None,
+    ctx,
+    wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
     normalizers, num_groups, correction, eps = ctx.settings
     arguments = (dy, x, saved, weight, ctx.ratio_map, ctx.constant)
     arguments += (normalizers, num_groups, correction, eps)
     if not is_compiling():
-        return triton.backward(*arguments, ctx.selected, *wanted)
+        return triton.backward(*arguments, ctx.selected, *wanted, count, ctx.group)
     from ssn_plugin.ops.switchable_norm.triton import custom_ops
 
     return custom_ops.switchable_norm_backward(*arguments, *ctx.selected, *wanted)
@@ -59,6 +70,7 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         selection: Selection | None,
         selected: Choices,
         settings: Settings,
+        group: ProcessGroup | None,
     ) -> Tensor:
         """Normalise.
 
@@ -78,19 +90,17 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
             selection: What SparsestMax needs; None for the other maps.
             selected: The choices that are known without reading a tensor.
             settings: What else the layer is.
+            group: Processes whose rows all count for 'BN'.
 
         Returns:
             y in the dtype and memory format of x.
         """
-        controls = (mean_control, var_control)
-        if mean_control is None:
-            # Nothing of it is read.
-            empty = x.new_empty(len(settings.normalizers), dtype=torch.float32)
-            controls = (empty, empty)
-        y, saved = _forward(
+        y, saved, count = _forward(
             momentum,
+            group,
             x,
-            *controls,
+            mean_control,
+            var_control,
             ratio_map,
             *(selection or (None,) * 5),
             weight,
@@ -109,10 +119,10 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
             control if choice is None else None
             for control, choice in zip((mean_control, var_control), selected, strict=True)
         ]
-        ctx.save_for_backward(x, *controls, weight, saved, *given)
+        ctx.save_for_backward(x, *controls, weight, saved, count, *given)
         ctx.dtypes = [None if t is None else t.dtype for t in (mean_control, var_control, bias)]
         ctx.ratio_map, ctx.selected, ctx.settings = ratio_map, selected, settings
-        ctx.selection = selection
+        ctx.selection, ctx.group = selection, group
         return y
 
     @staticmethod
@@ -128,11 +138,10 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         """
         if torch.is_grad_enabled() and not is_compiling():
             return _gradients_to_differentiate(ctx, dy)
-        x, _, _, weight, saved, *_ = ctx.saved_tensors
+        x, _, _, weight, saved, count, *_ = ctx.saved_tensors
         needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dx, dmean, dvar, dweight, dbias = _backward(
-            dy, x, saved, weight, ctx, [needs_dx, needs_mean or needs_var, needs_bias, needs_weight]
-        )
+        wanted = [needs_dx, needs_mean or needs_var, needs_bias, needs_weight]
+        dx, dmean, dvar, dweight, dbias = _backward(dy, x, saved, weight, count, ctx, wanted)
         of_mean, of_var, of_bias = ctx.dtypes
         return (
             dx if needs_dx else None,
@@ -140,13 +149,15 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
             dvar.to(of_var) if needs_var else None,
             dweight.to(weight.dtype) if needs_weight else None,
             dbias.to(of_bias) if needs_bias else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 
 def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The same by plain operators, for ``create_graph=True``."""
-    x, mean_control, var_control, weight, _, *given = ctx.saved_tensors
+    if ctx.group is not None:
+        refuse_second_derivatives()
+    x, mean_control, var_control, weight, _, _, *given = ctx.saved_tensors
     size = len(ctx.settings.normalizers)
     values = [
         None if choice is None else [float(k == choice) for k in range(size)]
@@ -173,4 +184,4 @@ def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.needs_input_grad[1 + index] and gradients[index] is None:
             gradients[index] = torch.zeros(size, dtype=dtype, device=x.device)
     dbias = None if dbias is None else dbias.to(ctx.dtypes[2])
-    return dx, *gradients, dweight, dbias, *(None,) * 8
+    return dx, *gradients, dweight, dbias, *(None,) * 9

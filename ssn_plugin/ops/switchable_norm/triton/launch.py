@@ -14,11 +14,15 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ssn_plugin.errors import in_one_line
 from ssn_plugin.ops.sparsestmax import _MAX_AMPLIFICATION, _RADIUS_TOLERANCE, circumradius
+from ssn_plugin.ops.switchable_norm.collectives import all_reduce_moments, track
+from ssn_plugin.ops.switchable_norm.statistics import Moments
 from ssn_plugin.torch_versions import HAS_CUSTOM_OPS, is_compiling
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,19 +32,25 @@ _RATIO_MAPS = {'sparsestmax': 0, 'softmax': 1, 'given': 2}
 _RECORDS = 32  # numbers that lead the saved ones: a record of 16 per ratio vector
 
 _WARPS = 4
-_TILE = 2048  # elements of x that a program holds at once; half of it where rows are short
-_CHANNELS = 64  # of a tile in channels_last
+_TILE = 2048  # elements of x that a program holds at once
+# Rows of at most so many positions: what follows per row is computed by two warps, not by four, of
+# half a tile, as wide addresses of rows that are not aligned fill the registers.
+_SHORT = 256
+_SHORT_WARPS = 2
+_CHANNELS = 64  # of a tile in channels_last, and the least there
+_FEW_CHANNELS = 16
 _PROGRAMS = 1024  # fill a large chip
 _SPLIT_TILES = 4  # rows are split into parts of at least so many tiles
-_POOL_TILE = 1024  # rows that a pooling program holds at once
+_SPLITS = 64  # and into so many at most
+_POOL_TILE = 1024  # numbers per row that a program holds at once where it pools
 _POOL_SAMPLES = 128  # of at most so many samples, or channels, together
-_MERGE_ROWS = 16  # of a tile of a merging program, and splits
-_MERGE_SPLITS = 64
-_AFFINE_ROWS = 128
-# Rows of at most so many bytes, if there are so many of them, get their gain and shift in a launch
-# of its own: by count of instructions the pass over x would otherwise compute more than it moves.
-_SHORT_ROW = 512
-_MANY_ROWS = 8192
+_CHUNK = 2048  # partial sums of the ratios' gradients that one program of the pooling kernel adds
+# The pass over x pools what its rows need itself if all its programs together read at most so many
+# numbers for it: 20 MB, for which the second-level cache takes about what a launch takes. One
+# program reads at most so many, in about ten rounds.
+_MERGE_NUMBERS = 5 * 2**20
+_MERGE_NUMBERS_OF_PROGRAM = 2**14
+_MERGE_PARTIALS = 8192
 
 
 def _find_triton() -> bool:
@@ -150,28 +160,40 @@ class _Tiling(NamedTuple):
     programs: int
 
 
+def _row_tile(num: int, channels: int, length: int) -> tuple[int, int]:
+    """Rows and positions of a tile of a contiguous x."""
+    # The widest tile that wastes at most a quarter of its lanes on the end of a row.
+    longest = min(_power_of_2(length), _TILE)
+    widths = [longest >> shift for shift in range(12) if longest >> shift >= 32] or [longest]
+    padded = {width: _ceil(length, width) * width for width in widths}
+    positions = next(
+        (width for width in widths if 3 * padded[width] <= 4 * length),
+        min(widths, key=padded.get),
+    )
+    # Fewer rows where there would be too few programs, down to a quarter of a tile.
+    rows = max((_TILE // 2 if positions <= _SHORT else _TILE) // positions, 1)
+    while rows > 1 and 4 * rows * positions > _TILE and num * channels < rows * _PROGRAMS:
+        rows //= 2
+    # No rows of two samples if that leaves every lane something to do.
+    whole = channels & -channels
+    if whole < rows and whole * positions >= 256:
+        rows = whole
+    return rows, positions
+
+
 def _tiling(num: int, channels: int, length: int, axis: int) -> _Tiling:
     if axis == 1:
-        # The widest tile that wastes at most a quarter of its lanes on the end of a row.
-        longest = min(_power_of_2(length), _TILE)
-        widths = [longest >> shift for shift in range(12) if longest >> shift >= 32] or [longest]
-        padded = {width: _ceil(length, width) * width for width in widths}
-        positions = next(
-            (width for width in widths if 3 * padded[width] <= 4 * length),
-            min(widths, key=padded.get),
-        )
-        # Fewer rows where there would be too few programs, down to a quarter of a tile.
-        rows = max(_TILE // 2 // positions, 1)
-        while rows > 1 and 4 * rows * positions > _TILE and num * channels < rows * _PROGRAMS:
-            rows //= 2
+        rows, positions = _row_tile(num, channels, length)
         blocks = _ceil(num * channels, rows)
     else:
         rows = min(_power_of_2(channels), _CHANNELS)
+        while rows > _FEW_CHANNELS and num * _ceil(channels, rows) * _SPLITS < _PROGRAMS:
+            rows //= 2
         # Offsets within a tile are 32 bits wide.
         positions = min(_power_of_2(length), _TILE // rows, _power_of_2(2**30 // channels))
         blocks = num * _ceil(channels, rows)
     tiles = _ceil(length, positions)
-    splits = max(min(_ceil(_PROGRAMS, blocks), tiles // _SPLIT_TILES), 1)
+    splits = max(min(_ceil(_PROGRAMS, blocks), tiles // _SPLIT_TILES, _SPLITS), 1)
     tiles = _ceil(tiles, splits)
     splits = _ceil(length, tiles * positions)
     return _Tiling(rows, positions, tiles, splits, blocks * splits)
@@ -226,15 +248,38 @@ class _Plan(NamedTuple):
     shape: tuple[int, int, int]  # N, C, S
     tiling: _Tiling
     statistics: _Statistics
+    saved: int  # numbers kept for backward
     by_sample: bool  # LN or GN is needed
-    ratios: bool  # the host does not know them both
-    short: bool  # gain and shift get a launch of their own
+    ratios: int  # 1 if the CPU does not know them both
+    merges: bool  # the pass over x can pool by itself
+    spread: bool  # a thread has elements of several rows, and would do the work of each
     divisor: int  # of a row's sum of squares
     unbias: float  # from BN's variance to what the running variance takes
+    warps: int
     tile: dict[str, int]
     merge: dict[str, int]
-    pool: dict[str, int | bool]
+    pool: dict[str, int]
     mix: dict[str, int]
+    needs: dict[str, bool]
+
+
+def _merges(num: int, channels: int, axis: int, tiling: _Tiling, statistics: _Statistics) -> bool:
+    """Whether what the pass over x reads beside x is less than a launch more."""
+    if statistics.groups:
+        return False
+    sample = batch = 0
+    if 'LN' in statistics.names:
+        if axis == 1 and channels % tiling.rows:
+            return False  # a program would have rows of two samples
+        sample = 2 * channels * tiling.splits
+    if statistics.batch:
+        batch = 2 * num * tiling.rows * tiling.splits
+    numbers = sample + batch
+    return (
+        numbers <= _MERGE_NUMBERS_OF_PROGRAM
+        and tiling.programs * numbers <= _MERGE_NUMBERS
+        and tiling.programs <= _MERGE_PARTIALS
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -243,7 +288,6 @@ def _plan(
     channels: int,
     length: int,
     axis: int,
-    itemsize: int,
     correction: int,
     normalizers: tuple[str, ...],
     num_groups: int,
@@ -264,34 +308,49 @@ def _plan(
     mean, var = (-1 if index is None else index for index in selected)
     tiling = _tiling(num, channels, length, axis)
     count = num * length
-    members = min(_power_of_2(channels // max(groups, 1)), _POOL_TILE)
-    samples = min(_power_of_2(num), _POOL_SAMPLES)
+    splits = _power_of_2(tiling.splits)
+    tile = max(_POOL_TILE // splits, 1)
+    members = min(_power_of_2(channels // max(groups, 1)), tile)
+    samples = min(_power_of_2(num), _POOL_SAMPLES, tile)
+    short = axis == 1 and tiling.positions <= _SHORT
     return _Plan(
         shape=(num, channels, length),
         tiling=tiling,
         statistics=statistics,
+        saved=_RECORDS
+        + (2 * num * channels if statistics.rows else 0)
+        + _pooled_size(num, channels, groups),
         by_sample=not names.isdisjoint(('LN', 'GN')),
-        ratios=None in selected,
-        short=statistics.rows and length * itemsize <= _SHORT_ROW and num * channels >= _MANY_ROWS,
+        ratios=int(None in selected),
+        spread=statistics.rows and axis == 1 and tiling.rows > 2,
+        merges=_merges(num, channels, axis, tiling, statistics),
         divisor=max(length - correction, 1),
         unbias=count / (count - 1) if correction == 0 and count > 1 else 1.0,
+        warps=_SHORT_WARPS if short else _WARPS,
         tile=dict(
             ROWS=tiling.rows,
             POSITIONS=tiling.positions,
             AXIS=axis,
             ALIGN=math.gcd(length if axis == 1 else channels, 8),
+            SHORT=tiling.positions >= length,
+            WIDE=num * channels * length >= 2**31,
         ),
-        merge=dict(SPLITS=min(_power_of_2(tiling.splits), _MERGE_SPLITS), ROWS=_MERGE_ROWS),
+        merge=dict(
+            SPLITS=splits,
+            SAMPLES=min(_power_of_2(num), max(tile // tiling.rows, 1)),
+            CHANNELS=min(max(_power_of_2(channels), 256), tile),  # fewer would compile more often
+        ),
         pool=dict(
-            LN='LN' in names,
-            GN='GN' in names,
-            BATCH=statistics.batch,
-            GROUPS=min(_power_of_2(max(groups, 1)), _POOL_TILE // members),
+            SPLITS=splits,
+            LN_CHANNELS=min(_power_of_2(channels), tile),
+            GROUPS=min(_power_of_2(max(groups, 1)), tile // members),
             GROUP_CHANNELS=members,
             SAMPLES=samples,
-            CHANNELS=min(_POOL_TILE // samples, _POOL_SAMPLES),
+            CHANNELS=min(tile // samples, _POOL_SAMPLES),
+            WIDE=num * channels * length >= 2**31,
         ),
         mix=dict(KINDS=kinds, MEAN=mean, VAR=var),
+        needs=dict(LN='LN' in names, GN='GN' in names, BATCH=statistics.batch),
     )
 
 
@@ -312,8 +371,7 @@ def _laid_out_as(dy: Tensor, x: Tensor, axis: int) -> Tensor:
 
 def _plan_of(x: Tensor, axis: int, *settings) -> _Plan:
     num, channels = x.shape[:2]
-    length = x.numel() // (num * channels)
-    return _plan(num, channels, length, axis, x.element_size(), *settings)
+    return _plan(num, channels, x.numel() // (num * channels), axis, *settings)
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
@@ -333,10 +391,21 @@ def _device_of(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def _launch(
+    name: str,
+    programs: int,
+    tensors: tuple[Tensor | float | None, ...],
+    numbers: tuple[float, ...],
+    warps: int,
+    **constants,
+) -> None:
+    getattr(_kernels(), name)[(programs,)](*tensors, *numbers, num_warps=warps, **constants)
+
+
 def forward(
     x: Tensor,
-    mean_control: Tensor,
-    var_control: Tensor,
+    mean_control: Tensor | None,
+    var_control: Tensor | None,
     ratio_map: str,
     radius: Tensor | None,
     mean_fixed: Tensor | None,
@@ -354,12 +423,14 @@ def forward(
     correction: int,
     eps: float,
     selected: tuple[int | None, int | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalise, and update the running statistics; without autograd.
 
     Args:
         x: Shape (N, C, ...), not empty, as :func:`supports` wants it.
-        mean_control: Control parameters of the means, or their ratios, shape (K,).
+        mean_control: Control parameters of the means, or their ratios, shape (K,). Like the
+            next six it may be None where both choices are selected.
         var_control: The same of the variances.
         ratio_map: What makes ratios of them: 'sparsestmax', 'softmax', or 'given' for nothing.
         radius: Of SparsestMax, 0-d. It and the next four are None for the other maps.
@@ -378,152 +449,149 @@ def forward(
         num_groups: Groups of 'GN'.
         correction: 0 or 1.
         eps: Added to the mixed variance.
-        selected: Candidates that are known on the host to have the whole ratio of the mean and of
+        selected: Candidates that are known on the CPU to have the whole ratio of the mean and of
             the variance. Where both are known no other statistic is computed.
+        group: Processes over whose batches together 'BN' takes its statistics, if ``training``.
 
     Returns:
-        y in the dtype and memory format of x, and a float32 vector for :func:`backward`.
+        y in the dtype and memory format of x; a float32 vector for :func:`backward`; with a group
+        the number of elements per channel in all processes, 0-d.
     """
     x, axis = laid_out(x)
     constant = not training and running_mean is not None
-    settings = (tuple(normalizers), num_groups, constant, tuple(selected))
-    plan = _plan_of(x, axis, correction, *settings)
+    normalizers = tuple(normalizers)
+    plan = _plan_of(x, axis, correction, normalizers, num_groups, constant, tuple(selected))
+    num, channels, _ = shape = plan.shape
+    tiling, statistics, groups = plan.tiling, plan.statistics, plan.statistics.groups
+    if not statistics.batch:
+        group = None
     weight, bias = _contiguous(weight), _contiguous(bias)
-    control = (mean_control.contiguous(), var_control.contiguous())
     buffers = (running_mean, running_var)
     running = tuple(_contiguous(buffer) for buffer in buffers)
-    y, saved = _image(x), _vector(saved_size(x, *settings), x)
-    update = training and running_mean is not None and plan.statistics.batch
-    constants = running if plan.statistics.running else (None, None)
+    y, saved = _image(x), _vector(plan.saved, x)
+    partial = scratch = None
+    if plan.spread:
+        scratch = _vector(3 * num * channels, x)
+    if statistics.rows and tiling.splits > 1:
+        partial = _vector(2 * tiling.splits * num * channels, x)
+    tracks = training and running_mean is not None and statistics.batch and group is None
+    merges = plan.merges and group is None
+    tracked = running if tracks else (None, None)
+    momentum_tensor = tracks and isinstance(momentum, Tensor)
+    new = momentum if momentum_tensor else float(momentum) if tracks else 0.0
+    count = None
     with _device_of(x):
-        if plan.statistics.rows:
-            _row_moments(x, saved[_RECORDS:], plan)
-        _pool(
-            saved,
-            (*control, radius, mean_fixed, var_fixed, mean_choice, var_choice),
-            ratio_map,
-            len(normalizers),
-            running if update else (None, None),
-            momentum if update else 0.0,
-            plan,
+        if statistics.rows:
+            limit = circumradius(len(normalizers))
+            controls = (radius, mean_fixed, var_fixed, mean_choice, var_choice)
+            _launch(
+                'ssn_fwd_moments_kernel',
+                tiling.programs + plan.ratios,
+                (x, saved, partial, _contiguous(mean_control), _contiguous(var_control), *controls),
+                (
+                    limit,
+                    limit * (1 - _RADIUS_TOLERANCE),
+                    _MAX_AMPLIFICATION,
+                    *shape,
+                    tiling.tiles,
+                    tiling.splits,
+                    plan.divisor,
+                ),
+                plan.warps,
+                K=len(normalizers),
+                MAP=_RATIO_MAPS[ratio_map],
+                MEAN=plan.mix['MEAN'],
+                VAR=plan.mix['VAR'],
+                RATIOS=plan.ratios,
+                **plan.tile,
+            )
+        if not merges:
+            samples = num if plan.by_sample else 0
+            blocks = _ceil(channels, plan.pool['CHANNELS']) if statistics.batch else 0
+            _launch(
+                'ssn_fwd_pool_kernel',
+                samples + blocks,
+                (saved, partial, *tracked, new),
+                (
+                    plan.unbias,
+                    *shape,
+                    groups,
+                    tiling.tiles,
+                    tiling.splits,
+                    plan.divisor,
+                    samples,
+                ),
+                _WARPS,
+                LN=plan.needs['LN'],
+                GN=plan.needs['GN'],
+                TRACKS=tracks,
+                MOMENTUM_TENSOR=momentum_tensor,
+                POSITIONS=tiling.positions,
+                **plan.pool,
+            )
+        if group is not None:
+            count = _share_moments(saved, buffers, momentum, training, correction, plan, group)
+        _launch(
+            'ssn_fwd_apply_kernel',
+            tiling.programs,
+            (
+                x,
+                y,
+                saved,
+                partial,
+                scratch,
+                weight,
+                bias,
+                *(running if statistics.running else tracked if merges else (None, None)),
+                new if merges else 0.0,
+            ),
+            (
+                *shape,
+                groups,
+                tiling.tiles,
+                tiling.splits,
+                plan.divisor,
+                float(eps),
+                plan.unbias,
+            ),
+            plan.warps,
+            LN=plan.needs['LN'],
+            BATCH=statistics.batch,
+            CONSTANT=statistics.running,
+            HAS_ROWS=statistics.rows,
+            MERGES=merges,
+            TRACKS=tracks and merges,
+            MOMENTUM_TENSOR=momentum_tensor and merges,
+            **plan.mix,
+            **plan.merge,
+            **plan.tile,
         )
-        _apply(x, y, saved, (weight, bias, *constants), float(eps), plan)
-    if update:
+    if tracks:
         for buffer, updated in zip(buffers, running, strict=True):
             if buffer is not updated:
                 buffer.copy_(updated)
-    return y, saved
+    return y, saved, count
 
 
-def _row_moments(x: Tensor, out: Tensor, plan: _Plan) -> None:
-    """Row means, then row variances, (N, C) each, in one launch or, of split rows, in two."""
-    num, channels, _ = plan.shape
-    tiling = plan.tiling
-    whole = tiling.splits == 1
-    partial = out if whole else _vector(2 * tiling.splits * num * channels, x)
-    cut = (*plan.shape, tiling.tiles, tiling.splits)
-    _kernels().ssn_fwd_moments_kernel[(tiling.programs,)](
-        x, partial, *cut, plan.divisor if whole else 1, num_warps=_WARPS, **plan.tile
-    )
-    if not whole:
-        _kernels().ssn_fwd_merge_kernel[(_ceil(num * channels, _MERGE_ROWS),)](
-            partial,
-            out,
-            *cut,
-            plan.divisor,
-            POSITIONS=tiling.positions,
-            num_warps=_WARPS,
-            **plan.merge,
-        )
-
-
-def _pool(
+def _share_moments(
     saved: Tensor,
-    controls: tuple[Tensor | None, ...],
-    ratio_map: str,
-    size: int,
-    running: tuple[Tensor | None, ...],
+    running: tuple[Tensor | None, Tensor | None],
     momentum: float | Tensor,
+    training: bool,
+    correction: int,
     plan: _Plan,
-) -> None:
-    """LN, GN and BN statistics, ratios and running statistics, in one launch if there is any."""
-    num, channels, _ = plan.shape
-    samples = num if plan.by_sample else 0
-    blocks = _ceil(channels, plan.pool['CHANNELS']) if plan.statistics.batch else 0
-    programs = samples + blocks + plan.ratios
-    if not programs:
-        return
-    limit = circumradius(size)
-    is_tensor = isinstance(momentum, Tensor)
-    _kernels().ssn_fwd_pool_kernel[(programs,)](
-        saved,
-        *controls,
-        *running,
-        momentum if is_tensor else float(momentum),
-        plan.unbias,
-        limit,
-        limit * (1 - _RADIUS_TOLERANCE),
-        _MAX_AMPLIFICATION,
-        num,
-        channels,
-        plan.statistics.groups,
-        samples,
-        blocks,
-        K=size,
-        MAP=_RATIO_MAPS[ratio_map],
-        MEAN=plan.mix['MEAN'],
-        VAR=plan.mix['VAR'],
-        MOMENTUM_TENSOR=is_tensor,
-        num_warps=_WARPS,
-        **plan.pool,
-    )
-
-
-def _apply(
-    x: Tensor,
-    y: Tensor,
-    saved: Tensor,
-    given: tuple[Tensor | None, ...],
-    eps: float,
-    plan: _Plan,
-) -> None:
-    """The pass that writes y, from weight, bias and the constants of 'BN' if it has them."""
+    group: ProcessGroup,
+) -> Tensor:
+    """Put the moments of all processes in the place of this one's, and track them."""
     num, channels, length = plan.shape
-    tiling = plan.tiling
-    affine = None
-    if plan.short:
-        affine = _vector(2 * num * channels, x)
-        _kernels().ssn_fwd_affine_kernel[(_ceil(num * channels, _AFFINE_ROWS),)](
-            saved,
-            affine,
-            *given,
-            num,
-            channels,
-            plan.statistics.groups,
-            eps,
-            HAS_ROWS=plan.statistics.rows,
-            ROWS=_AFFINE_ROWS,
-            num_warps=_WARPS,
-            **plan.mix,
-        )
-    _kernels().ssn_fwd_apply_kernel[(tiling.programs,)](
-        x,
-        y,
-        saved,
-        affine,
-        *given,
-        num,
-        channels,
-        length,
-        plan.statistics.groups,
-        tiling.tiles,
-        tiling.splits,
-        eps,
-        HAS_ROWS=plan.statistics.rows,
-        num_warps=_WARPS,
-        **plan.mix,
-        **plan.tile,
-    )
+    first = _RECORDS + 2 * num * channels
+    mean, var = saved[first : first + 2 * channels].view(2, 1, channels)
+    batch = all_reduce_moments(Moments(mean, var), num * length, group)
+    mean.copy_(batch.mean)
+    var.copy_(batch.var)
+    if training and running[0] is not None:
+        track(Moments(*running), batch, momentum, correction)
+    return batch.count
 
 
 def backward(
@@ -542,6 +610,8 @@ def backward(
     needs_control: bool = True,
     needs_dbias: bool = True,
     needs_dweight: bool = True,
+    count: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of one call of :func:`forward`; without autograd.
 
@@ -561,6 +631,8 @@ def backward(
         needs_control: Whether the gradients of the control parameters are wanted.
         needs_dbias: Whether dbias is wanted.
         needs_dweight: Whether dweight is wanted; without a weight there is none.
+        count: What :func:`forward` returned for a group.
+        group: As given to :func:`forward`.
 
     Returns:
         dx in the dtype and memory format of x; in float32 the gradients of both vectors of control
@@ -568,13 +640,14 @@ def backward(
     """
     x, axis = laid_out(x)
     dy = _laid_out_as(dy, x, axis)
-    settings = (tuple(normalizers), num_groups, constant, tuple(selected))
-    plan = _plan_of(x, axis, correction, *settings)
-    num, channels, length = plan.shape
-    tiling = plan.tiling
-    size = len(normalizers)
-    eps = float(eps)
-    ratios = needs_control and plan.ratios
+    normalizers = tuple(normalizers)
+    plan = _plan_of(x, axis, correction, normalizers, num_groups, constant, tuple(selected))
+    num, channels, length = shape = plan.shape
+    tiling, statistics, groups = plan.tiling, plan.statistics, plan.statistics.groups
+    size, eps = len(normalizers), float(eps)
+    if not statistics.batch or not needs_dx:
+        group = None
+    ratios = plan.ratios if needs_control else 0
     weight = _contiguous(weight)
     dx = _image(x) if needs_dx else None
     dweight = _vector(channels, x) if needs_dweight and weight is not None else None
@@ -586,110 +659,87 @@ def backward(
             dmean_control.zero_()
             dvar_control.zero_()
 
-    by_sample = plan.by_sample or ratios
-    by_channel = plan.statistics.batch or dweight is not None or dbias is not None
-    sums = pooled = affine = None
+    merges = plan.merges and needs_dx and group is None
+    affine = dweight is not None or dbias is not None
+    partials = tiling.programs if ratios else 0
+    sums = pooled = None
     with _device_of(x):
-        if by_sample or by_channel or (needs_dx and plan.statistics.rows):
-            sums = _row_sums(dy, x, saved, plan)
-        if by_sample or by_channel:
-            # Sections as in the saved numbers, then every sample's part of the ratios' gradient.
-            pooled = _vector(_pooled_size(num, channels, plan.statistics.groups) + 8 * num, x)
-            samples = num if by_sample else 0
-            blocks = _ceil(channels, plan.pool['CHANNELS']) if by_channel else 0
-            _kernels().ssn_bwd_pool_kernel[(samples + blocks,)](
-                sums,
-                saved,
-                pooled,
-                weight,
-                dweight,
-                dbias,
-                eps,
-                num,
-                channels,
-                plan.statistics.groups,
-                samples,
-                HAS_ROWS=plan.statistics.rows,
+        if affine or ratios or (needs_dx and statistics.rows):
+            # Behind the four numbers per row is every program's part of the ratios' gradient.
+            sums = _vector(4 * tiling.splits * num * channels + 8 * partials, x)
+            _launch(
+                'ssn_bwd_sums_kernel',
+                tiling.programs,
+                (dy, x, saved, sums, weight),
+                (eps, *shape, groups, tiling.tiles, tiling.splits),
+                plan.warps,
+                HAS_ROWS=statistics.rows,
                 RATIOS=ratios,
                 RAW=ratio_map == 'given',
-                num_warps=_WARPS,
+                SPREAD=plan.spread,
                 **plan.mix,
-                **plan.pool,
+                **plan.tile,
             )
-        if needs_dx and plan.short:
-            affine = _vector(3 * num * channels, x)
-            _kernels().ssn_bwd_affine_kernel[(_ceil(num * channels, _AFFINE_ROWS),)](
-                sums,
-                saved,
-                pooled,
-                affine,
-                weight,
-                eps,
-                num,
-                channels,
-                length,
-                plan.statistics.groups,
-                plan.divisor,
-                RUNNING=plan.statistics.running,
-                ROWS=_AFFINE_ROWS,
-                num_warps=_WARPS,
-                **plan.mix,
-            )
+            if not merges:
+                # Sections as in the saved numbers, then the partial sums of fewer programs.
+                chunks = _ceil(partials, _CHUNK)
+                pooled = _vector(_pooled_size(num, channels, groups) + 8 * chunks, x)
+                samples = num if plan.by_sample and needs_dx else 0
+                by_channel = affine or (statistics.batch and needs_dx)
+                blocks = _ceil(channels, plan.pool['CHANNELS']) if by_channel else 0
+                if samples + blocks + chunks:
+                    _launch(
+                        'ssn_bwd_pool_kernel',
+                        samples + blocks + chunks,
+                        (sums, pooled, dweight, dbias),
+                        (num, channels, groups, tiling.splits, samples, blocks, partials),
+                        _WARPS,
+                        RATIOS=ratios,
+                        CHUNK=_CHUNK,
+                        **plan.needs,
+                        **plan.pool,
+                    )
+                partials = chunks
+            if group is not None:
+                _share_gradients(pooled[: 2 * channels], count, num, length, group)
         programs = (tiling.programs if needs_dx else 0) + ratios
         if programs:
-            _kernels().ssn_bwd_dx_kernel[(programs,)](
-                dy,
-                x,
-                dx,
-                sums,
-                saved,
-                pooled,
-                affine,
-                weight,
-                dmean_control,
-                dvar_control,
-                num,
-                channels,
-                length,
-                plan.statistics.groups,
-                tiling.tiles,
-                tiling.splits,
-                plan.divisor,
-                eps,
+            _launch(
+                'ssn_bwd_dx_kernel',
+                programs,
+                (
+                    dy,
+                    x,
+                    dx,
+                    sums,
+                    saved,
+                    pooled,
+                    _vector(3 * num * channels, x) if plan.spread and needs_dx else None,
+                    weight,
+                    dweight if merges else None,
+                    dbias if merges else None,
+                    dmean_control,
+                    dvar_control,
+                ),
+                (*shape, groups, tiling.tiles, tiling.splits, plan.divisor, partials, eps),
+                plan.warps,
                 K=size,
                 MAP=_RATIO_MAPS[ratio_map],
-                RUNNING=plan.statistics.running,
-                HAS_ROWS=plan.statistics.rows,
+                HAS_ROWS=statistics.rows,
                 RATIOS=ratios,
-                num_warps=_WARPS,
+                MERGES=merges,
+                **plan.needs,
                 **plan.mix,
+                **plan.merge,
                 **plan.tile,
             )
     return dx, dmean_control, dvar_control, dweight, dbias
 
 
-def _row_sums(dy: Tensor, x: Tensor, saved: Tensor, plan: _Plan) -> Tensor:
-    """Sums of dy, then of dy times the distance from the row's mean, (N, C) each."""
-    num, channels, _ = plan.shape
-    tiling = plan.tiling
-    size = 2 * num * channels
-    partial = _vector(tiling.splits * size, x)
-    _kernels().ssn_bwd_sums_kernel[(tiling.programs,)](
-        dy,
-        x,
-        saved,
-        partial,
-        *plan.shape,
-        tiling.tiles,
-        tiling.splits,
-        HAS_ROWS=plan.statistics.rows,
-        num_warps=_WARPS,
-        **plan.tile,
-    )
-    if tiling.splits == 1:
-        return partial
-    sums = _vector(size, x)
-    _kernels().ssn_bwd_merge_kernel[(_ceil(num * channels, _MERGE_ROWS),)](
-        partial, sums, num, channels, tiling.splits, num_warps=_WARPS, **plan.merge
-    )
-    return sums
+def _share_gradients(
+    means: Tensor, count: Tensor, num: int, length: int, group: ProcessGroup
+) -> None:
+    """From BN's gradients per row of this process to those per row of all, in place."""
+    means *= num
+    dist.all_reduce(means, group=group)
+    means *= length / count.clamp(min=1)

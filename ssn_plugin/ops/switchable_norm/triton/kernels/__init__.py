@@ -1,41 +1,38 @@
 """The kernels of the Triton backend; ../launch.py launches them.
 
-README.md in ops/ says which pass reads and
-writes what. Throughout:
+README.md in ops/ says which pass reads and writes what. Throughout:
 
 - A row is one (sample n, channel c) pair; N, C and S count samples, channels and positions.
 - x is (N, C, S) in memory where AXIS is 1 and (N, S, C), channels_last, where AXIS is 0: AXIS is
   the axis of the positions in a tile, the other one is that of the rows.
 - ALIGN divides S, or C in channels_last; it tells the compiler that vector loads are allowed.
 - KINDS holds one nibble per candidate: 0 IN, 1 LN, 2 BN, 3 GN, 15 none or not needed.
-- MEAN and VAR are the candidates that the host knows to be selected, or -1.
+- MEAN and VAR are the candidates that the CPU knows to be selected, or -1.
+- LN, GN and BATCH say whether statistics of samples, groups and the batch are needed; CONSTANT that
+  running statistics stand for those of the batch.
+- MERGES says that the pass over x pools what its rows need itself, without the pooling kernel.
+- SPLITS is a power of two, at least the number of splits of a row; 1 where there are none.
+- SHORT says that a row is one tile; SPREAD that a thread has elements of several rows.
+- WIDE says that x has too many elements for 32 bits.
 """
 
 from ssn_plugin.ops.switchable_norm.triton.kernels.backward import (
-    ssn_bwd_affine_kernel,
     ssn_bwd_dx_kernel,
-    ssn_bwd_merge_kernel,
     ssn_bwd_pool_kernel,
     ssn_bwd_sums_kernel,
 )
 from ssn_plugin.ops.switchable_norm.triton.kernels.forward import (
-    ssn_fwd_affine_kernel,
     ssn_fwd_apply_kernel,
-    ssn_fwd_merge_kernel,
     ssn_fwd_moments_kernel,
     ssn_fwd_pool_kernel,
 )
 from ssn_plugin.ops.switchable_norm.triton.kernels.tiles import ssn_probe_kernel
 
 __all__ = [
-    'ssn_bwd_affine_kernel',
     'ssn_bwd_dx_kernel',
-    'ssn_bwd_merge_kernel',
     'ssn_bwd_pool_kernel',
     'ssn_bwd_sums_kernel',
-    'ssn_fwd_affine_kernel',
     'ssn_fwd_apply_kernel',
-    'ssn_fwd_merge_kernel',
     'ssn_fwd_moments_kernel',
     'ssn_fwd_pool_kernel',
     'ssn_probe_kernel',

@@ -6,10 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def pooled_sections(base, N, C, G):
-    """Sections of two numbers (mean, variance) per channel, per sample, per group; what follows."""
-    samples = base + 2 * C.to(tl.int64)
-    groups = samples + 2 * N
-    return base, samples, groups, groups + 2 * N * G
+    """Sections of two numbers (mean, variance) per channel, per sample, per group."""
+    samples = base + 2 * C
+    return base, samples, samples + 2 * N
 
 
 @triton.jit
@@ -17,9 +16,9 @@ def saved_sections(saved, N, C, G, HAS_ROWS: tl.constexpr):
     """Sections of the saved numbers: after the two ratio records, of rows and of pooled ones."""
     rows = saved + 32
     if HAS_ROWS:
-        channels, samples, groups, _ = pooled_sections(rows + 2 * N * C, N, C, G)
+        channels, samples, groups = pooled_sections(rows + 2 * N * C, N, C, G)
     else:
-        channels, samples, groups, _ = pooled_sections(rows, N, C, G)
+        channels, samples, groups = pooled_sections(rows, N, C, G)
     return rows, channels, samples, groups
 
 
@@ -40,25 +39,23 @@ def load_pair(KIND: tl.constexpr, rows, channels, samples, groups, row, n, c, in
 
 
 @triton.jit
-def load_candidate(
-    KIND: tl.constexpr, saved, running_mean, running_var, row, n, c, inside, N, C, G,
+def load_saved(
+    KIND: tl.constexpr, KINDS: tl.constexpr, saved, row, n, c, inside, N, C, G,
     HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of one kind for each row; running statistics are BN's if given."""
-    if KIND == 2 and running_mean is not None:
-        mean = tl.load(running_mean + c, mask=inside, other=0).to(tl.float32)
-        var = tl.load(running_var + c, mask=inside, other=0).to(tl.float32)
-    else:
-        rows, channels, samples, groups = saved_sections(saved, N, C, G, HAS_ROWS)
-        mean, var = load_pair(
-            KIND, rows, channels, samples, groups, row, n, c, inside, N, C, G
-        )  # fmt: skip
+    """Saved mean and variance of one kind for each row; zeros where no candidate is of it."""
+    mean = tl.zeros(inside.shape, tl.float32)
+    var = tl.zeros(inside.shape, tl.float32)
+    for k in tl.static_range(4):
+        if (KINDS >> (4 * k)) & 15 == KIND:
+            rows, channels, samples, groups = saved_sections(saved, N, C, G, HAS_ROWS)
+            mean, var = load_pair(KIND, rows, channels, samples, groups, row, n, c, inside, N, C, G)
     return mean, var
 
 
 @triton.jit
 def load_ratio(record, k: tl.constexpr, SELECTED: tl.constexpr):
-    """Ratio of candidate k, a constant where the host knows what is selected."""
+    """Ratio of candidate k, a constant where the CPU knows what is selected."""
     if SELECTED < 0:
         return tl.load(record + k)
     else:
@@ -66,34 +63,27 @@ def load_ratio(record, k: tl.constexpr, SELECTED: tl.constexpr):
 
 
 @triton.jit
-def _add_candidate(
-    mean, var, k: tl.constexpr, KIND: tl.constexpr, saved, running_mean, running_var,
-    row, n, c, inside, N, C, G,
-    MEAN: tl.constexpr, VAR: tl.constexpr, HAS_ROWS: tl.constexpr,
-):  # fmt: skip
-    if KIND < 4:
-        mean_k, var_k = load_candidate(
-            KIND, saved, running_mean, running_var, row, n, c, inside, N, C, G, HAS_ROWS
-        )
-        mean += load_ratio(saved, k, MEAN) * mean_k
-        var += load_ratio(saved + 16, k, VAR) * var_k
-    return mean, var
+def of_kind(KIND: tl.constexpr, of_in, of_ln, of_bn, of_gn):
+    """One of four, by the kind of statistic."""
+    if KIND == 0:  # noqa: SIM116  (a kernel has no dictionaries)
+        return of_in
+    elif KIND == 1:
+        return of_ln
+    elif KIND == 2:
+        return of_bn
+    else:
+        return of_gn
 
 
 @triton.jit
-def mix(
-    saved, running_mean, running_var, row, n, c, inside, N, C, G,
-    KINDS: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr, HAS_ROWS: tl.constexpr,
-):  # fmt: skip
-    """The mixed mean and variance of each row."""
-    mean = tl.zeros(inside.shape, tl.float32)
-    var = tl.zeros(inside.shape, tl.float32)
+def mix(record, of_in, of_ln, of_bn, of_gn, KINDS: tl.constexpr, SELECTED: tl.constexpr):
+    """The mixture of what the kinds have for each row."""
+    mixed = tl.zeros(of_in.shape, tl.float32)
     for k in tl.static_range(4):
-        mean, var = _add_candidate(
-            mean, var, k, (KINDS >> (4 * k)) & 15, saved, running_mean, running_var,
-            row, n, c, inside, N, C, G, MEAN, VAR, HAS_ROWS,
-        )  # fmt: skip
-    return mean, var
+        if (KINDS >> (4 * k)) & 15 < 4:
+            value = of_kind((KINDS >> (4 * k)) & 15, of_in, of_ln, of_bn, of_gn)
+            mixed += load_ratio(record, k, SELECTED) * value
+    return mixed
 
 
 @triton.jit

@@ -147,23 +147,30 @@ def write_ratios(
 
 
 @triton.jit
+def sum_partials(partials, first, last):
+    """Sum of vectors of 8: the gradients of 4 ratios of the mean, then of the variance."""
+    lanes = tl.expand_dims(tl.arange(0, 256), 1)
+    places = tl.expand_dims(tl.arange(0, 8), 0)
+    total = tl.zeros((256, 8), tl.float32)
+    for start in range(first, last, 256):
+        there = (start + lanes < last) & (places < 8)
+        total += tl.load(partials + (start + lanes) * 8 + places, mask=there, other=0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def write_control_gradient(
-    out, partial, record, N,
+    out, found, start: tl.constexpr, record,
     K: tl.constexpr, MAP: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
-    """Sum the ratios' gradient over the samples and apply the Jacobian of the ratios."""
+    """The Jacobian of the ratios, applied to the gradients that begin at ``start`` of ``found``."""
     lanes = tl.arange(0, 4)
     if SELECTED >= 0:
         dz = tl.zeros((4,), tl.float32)
     else:
-        samples = tl.arange(0, 128)
-        total = tl.zeros((128, 4), tl.float32)
-        for start in range(0, N, 128):
-            n = start + samples
-            at = tl.expand_dims(n * 8, 1) + tl.expand_dims(lanes, 0)
-            there = tl.expand_dims(n < N, 1) & tl.expand_dims(lanes < K, 0)
-            total += tl.load(partial + at, mask=there, other=0)
-        dz = tl.sum(total, 0)
+        place = tl.expand_dims(tl.arange(0, 8), 0)
+        mine = (place == tl.expand_dims(lanes, 1) + start) & tl.expand_dims(lanes < K, 1)
+        dz = tl.sum(tl.where(mine, tl.expand_dims(found, 0), 0.0), 1)
         if MAP == 0:
             direction = tl.load(record + 4 + lanes)
             support = tl.load(record + 8 + lanes)

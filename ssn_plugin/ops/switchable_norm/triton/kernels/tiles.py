@@ -4,7 +4,22 @@ import triton
 import triton.language as tl
 
 # Shapes change from image to image in detection: one compiled kernel has to serve them all.
-SHAPES = ['N', 'C', 'S', 'G', 'tiles', 'splits', 'divisor', 'samples', 'blocks']
+SHAPES = ['N', 'C', 'S', 'G', 'tiles', 'splits', 'divisor', 'samples', 'blocks', 'count']
+
+
+@triton.jit
+def ssn_probe_kernel(out):
+    """Tells whether this GPU takes kernels at all."""
+    tl.store(out, 1.0)
+
+
+@triton.jit
+def widened(number, WIDE: tl.constexpr):
+    """64 bits where x has too many elements for 32: index arithmetic takes the type of N."""
+    if WIDE:
+        return number.to(tl.int64)
+    else:
+        return number.to(tl.int32)
 
 
 @triton.jit
@@ -21,37 +36,44 @@ def row_block(block, N, C, S, ROWS: tl.constexpr, AXIS: tl.constexpr):
     """The rows of one block.
 
     Returns:
-        Row numbers n * C + c, n and c, which rows exist; where in x the first row begins (a scalar,
-        int64, as it may pass 2^31) and how far from there the others begin.
+        Row numbers n * C + c, n and c, which rows exist; the sample of the first row; where in x
+        the first row begins (both scalars in the type of N) and how far from there the others do.
     """
     lanes = tl.arange(0, ROWS)
     if AXIS == 1:
-        first = block.to(tl.int64) * ROWS
+        first = block.to(N.dtype) * ROWS
         row = first + lanes
-        column = (first % C).to(tl.int32) + lanes
-        n = first // C + column // C
+        sample = first // C
+        column = (first - sample * C).to(tl.int32) + lanes
+        n = sample + column // C
         c = column % C
         there = row < N * C
         origin = first * S
         offset = lanes * S
     else:
         blocks = tl.cdiv(C, ROWS)
-        sample = (block // blocks).to(tl.int64)
+        sample = (block // blocks).to(N.dtype)
         start = block % blocks * ROWS
-        n = tl.zeros((ROWS,), tl.int64) + sample
+        n = sample + tl.zeros((ROWS,), N.dtype)
         c = start + lanes
         row = sample * C + c
         there = c < C
         origin = sample * S * C + start
         offset = lanes
-    return row, n, c, there, origin, offset
+    return row, n, c, there, sample, origin, offset
 
 
 @triton.jit
-def position_range(split, S, tiles, POSITIONS: tl.constexpr):
-    """The first position of a split of the rows, int64, and the one after its last."""
-    first = split.to(tl.int64) * tiles * POSITIONS
-    return first, tl.minimum(first + tiles * POSITIONS, S)
+def position_range(split, N, S, tiles, SHORT: tl.constexpr, POSITIONS: tl.constexpr):
+    """The first position of a split of the rows, in the type of N, and the one after its last.
+
+    Where a row is one tile, bounds of which the compiler sees that they hold one.
+    """
+    if SHORT:
+        return 0, 1
+    else:
+        first = split.to(N.dtype) * tiles * POSITIONS
+        return first, tl.minimum(first + tiles * POSITIONS, S)
 
 
 @triton.jit
@@ -99,6 +121,16 @@ def merge_lanes(mean, m2, counts, total, AXIS: tl.constexpr):
 
 
 @triton.jit
-def ssn_probe_kernel(out):
-    """Tells whether this GPU takes kernels at all."""
-    tl.store(out, 1.0)
+def hand_over(scratch, first, second, third, row, exists, size):
+    """Three numbers per row, from a row per thread to all threads that have elements of the row.
+
+    Without it the compiler lets each of those threads compute the numbers of all its rows.
+    """
+    tl.store(scratch + row, first, mask=exists)
+    tl.store(scratch + size + row, second, mask=exists)
+    tl.store(scratch + 2 * size + row, third, mask=exists)
+    tl.debug_barrier()
+    first = tl.load(scratch + row, mask=exists, other=0)
+    second = tl.load(scratch + size + row, mask=exists, other=0)
+    third = tl.load(scratch + 2 * size + row, mask=exists, other=0)
+    return first, second, third
