@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +55,8 @@ class History(NamedTuple):
             LayerRatios(
                 layer['layer'],
                 tuple(layer['normalizers']),
-                tuple(map(_number, mean)),
-                tuple(map(_number, var)),
+                tuple(mean),
+                tuple(var),
                 line['radius'] if layer['sparse'] else None,
                 bool(mean_fixed),
                 bool(var_fixed),
@@ -133,7 +133,7 @@ def start_history(
     with whole_file(path) as temporary, temporary.open('w') as file:
         for name, history in before.items():
             content = dict(run=name, layers=history.layers, about=history.about)
-            for line in (content, *history.lines):
+            for line in (content, *map(_without_nan, history.lines)):
                 file.write(json.dumps(line, allow_nan=False) + '\n')
     return run
 
@@ -180,8 +180,20 @@ def append_to_history(
         file.write(json.dumps(line, allow_nan=False) + '\n')
 
 
-def _number(ratio: float | None) -> float:
-    return math.nan if ratio is None else ratio
+def _without_nan(line: Mapping) -> dict:
+    return _with_ratios(line, lambda ratio: None if math.isnan(ratio) else ratio)
+
+
+def _with_nan(line: Mapping) -> dict:
+    return _with_ratios(line, lambda ratio: math.nan if ratio is None else ratio)
+
+
+def _with_ratios(line: Mapping, change: Callable) -> dict:
+    changed = {
+        statistic: [list(map(change, ratios)) for ratios in line[statistic]]
+        for statistic in STATISTICS
+    }
+    return {**line, **changed}
 
 
 def _rounded(ratio: float) -> float | None:
@@ -236,7 +248,7 @@ def _runs_in(path: Path) -> dict[str, History]:
         elif name not in runs or not _is_record(line, runs[name].layers):
             raise HistoryError(f'{path}: line {number} is no record of SSNRatioHook')
         else:
-            runs[name].lines.append(line)
+            runs[name].lines.append(_with_nan(line))
     if not runs:
         raise HistoryError(f'{path}: is no history of SSNRatioHook')
     return runs

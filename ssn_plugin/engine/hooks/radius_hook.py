@@ -1,6 +1,5 @@
 """SSNRadiusHook: the radius schedule of a run."""
 
-import torch
 from mmengine.hooks import Hook
 
 from ssn_plugin.checkpoint.candidates import record_candidates
@@ -151,13 +150,11 @@ class SSNRadiusHook(Hook):
             runner: mmengine's Runner.
         """
         model = unwrapped(runner.model)
-        undecided = undecided_layers(model)
-        if not undecided:
-            return
-        layers = {name: model.get_submodule(name) for name in undecided}
-        frozen = [name for name, layer in layers.items() if not layer.mean_weight.requires_grad]
-        lost = [name for name, layer in layers.items() if not _is_finite(layer)]
-        growing = [name for name in undecided if name not in frozen + lost]
+        layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, SSN)}
+        lost = [name for name, layer in layers.items() if _is_lost(layer)]
+        undecided = [name for name in undecided_layers(model) if name not in lost]
+        frozen = [name for name in undecided if not layers[name].mean_weight.requires_grad]
+        growing = [name for name in undecided if name not in frozen]
         if lost:
             runner.logger.warning(
                 f'SSNRadiusHook: {len(lost)} SSN layers have control parameters that are NaN or '
@@ -175,5 +172,7 @@ class SSNRadiusHook(Hook):
             )
 
 
-def _is_finite(layer: SSN) -> bool:
-    return bool(torch.stack((layer.mean_weight, layer.var_weight)).isfinite().all())
+def _is_lost(layer: SSN) -> bool:
+    """Whether something that is to be decided has no number any more."""
+    pairs = ((layer.mean_fixed, layer.mean_weight), (layer.var_fixed, layer.var_weight))
+    return any(int(fixed) == 0 and not bool(c.isfinite().all()) for fixed, c in pairs)
