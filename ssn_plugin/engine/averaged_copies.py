@@ -29,6 +29,18 @@ class Copy(NamedTuple):
     module: nn.Module
     layers: list[tuple[SSN, SSN]]
 
+    def has_new_statistics(self) -> bool:
+        """Whether its running statistics are those of a new layer, and those of the model are not.
+
+        Then whoever averages leaves buffers out, and BN does in the copy what nobody wants.
+        """
+        return any(
+            layer.running_mean is not None
+            and bool(layer.running_mean.any())
+            and not bool(its_copy.running_mean.any())
+            for layer, its_copy in self.layers
+        )
+
 
 class AveragedCopies:
     """The copies that exist in a run, looked for anew only when a hook has a new module.
@@ -40,6 +52,7 @@ class AveragedCopies:
     def __init__(self, known: tuple[str, ...] = ()) -> None:
         self._known = known
         self._looked_at: dict[str, tuple[nn.Module, Copy | None]] = {}
+        self._parts: dict[str, nn.Module] | None = None
 
     def of(self, runner) -> list[Copy]:
         """All copies.
@@ -49,7 +62,7 @@ class AveragedCopies:
         """
         model = unwrapped(runner.model)
         candidates = dict(_held_by_hooks(runner.hooks))
-        if not self._looked_at:
+        if self._parts is None:
             self._parts = dict(_parts_without_gradient(model))
         candidates |= self._parts
         for name, module in candidates.items():

@@ -63,6 +63,7 @@ class SSNRadiusHook(Hook):
         self.end_radius = end_radius
         self.radius_at(0, 2)  # raises for what is no schedule
         self._copies = AveragedCopies()
+        self._passed = 0
 
     def radius_at(self, iteration: int, max_iters: int) -> float:
         """Radius during an iteration.
@@ -129,6 +130,13 @@ class SSNRadiusHook(Hook):
                     its_copy.radius.copy_(layer.radius)
                 else:
                     copy_selection(layer, its_copy)
+            if self._passed == 2 and averaged.has_new_statistics():  # it had its updates by now
+                runner.logger.warning(
+                    f'SSNRadiusHook: {averaged.name}: nobody averages its running statistics, which '
+                    'BN uses in evaluation; let whoever averages it take buffers along, as '
+                    'dict(type="MeanTeacherHook", skip_buffer=False) does'
+                )
+        self._passed += 1
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Tell in the checkpoint's ``meta`` what its weights do not show of the backbone.
