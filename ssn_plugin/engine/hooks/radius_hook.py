@@ -132,8 +132,8 @@ class SSNRadiusHook(Hook):
                     copy_selection(layer, its_copy)
             if self._passed == 2 and averaged.has_new_statistics():  # it had its updates by now
                 runner.logger.warning(
-                    f'SSNRadiusHook: {averaged.name}: nobody averages its running statistics, which '
-                    'BN uses in evaluation; let whoever averages it take buffers along, as '
+                    f'SSNRadiusHook: {averaged.name}: nobody averages its running statistics, '
+                    'which BN uses in evaluation; let whoever averages it take buffers along, as '
                     'dict(type="MeanTeacherHook", skip_buffer=False) does'
                 )
         self._passed += 1
