@@ -6,7 +6,6 @@ from pathlib import Path
 from mmengine.config import Config
 
 from studies.ledger import Row, matches
-from studies.remedies.recipe import new_parts
 from studies.small_batches import run as small_batches
 from studies.transfer import recipe as transfer
 
@@ -72,11 +71,26 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     """
     seed = SCREENING[0]
     runs = [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in RULES]
-    best = winner(size, rows) if all_done(runs, rows) else RULES[0]
+    screened = all_done(runs, rows)
+    best = winner(size, rows) if screened else RULES[0]
+    if not screened:
+        runs = list(_most_decisive_first(size, runs))
     runs += _confirmation(size, best)
     runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LATER_RULES]
     runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *LATER_RULES)]
     return list(_unique([*runs, *_learning_rates(size, best, rows)]))
+
+
+def _most_decisive_first(size: str, screening: Sequence[Row]) -> Iterator[Row]:
+    """The screening; what of the first rule can be compared with published rows before its end."""
+    last = SCREENING_CELLS[-1][0]
+    ahead = [('seg', batch) for batch in reversed(BATCHES['seg'])]
+    yield from (run for run in screening if run['task'] != last or run['rule'] == RULES[0])
+    for cells in (ahead, [('det', 1)]):
+        for seed in (0, 1):
+            yield run_of(size, RULES[0], ('cls', PRETRAINED_BATCH), seed)
+            yield from (run_of(size, RULES[0], cell, seed) for cell in cells)
+    yield from screening
 
 
 def _confirmation(size: str, rule: str) -> Iterator[Row]:
@@ -215,7 +229,7 @@ def _set_rule(config: Config, run: Row) -> None:
     for hook in config.custom_hooks:
         if hook['type'] == 'SSNRadiusHook':
             hook['end'] = float(end)
-    for part in new_parts(config.model):
+    for part in transfer.new_parts(config.model):
         if 'norm_cfg' in part:  # not in the neck of a classifier
             part.norm_cfg = norm_cfg
     backbone = config.model.backbone

@@ -1,9 +1,8 @@
 """What differs between the runs: their plan, and the config of each."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
 from studies.ledger import Row
 from studies.transfer import recipe as transfer
@@ -55,21 +54,8 @@ def config_of(run: Row, data: Path, backbone: str, work_dir: Path) -> Config:
         config.model.backbone.norm_eval = True
     if 'no-BN' in remedy:
         groups = transfer.SIZES[run['size']]['groups']
-        for part in new_parts(config.model):
+        for part in transfer.new_parts(config.model):
             part.norm_cfg = dict(type='SSN', normalizers=CANDIDATES_OF_HEADS, num_groups=groups)
     if remedy == 'PreciseStatsHook':
         config.custom_hooks.append(dict(type='PreciseStatsHook'))
     return config
-
-
-def new_parts(model: ConfigDict) -> Iterator[ConfigDict]:
-    """What a backbone's weights do not reach."""
-    heads = model.get('roi_head', {})
-    parts = (
-        model.get('neck'),
-        heads.get('bbox_head'),
-        heads.get('mask_head'),
-        model.get('decode_head'),
-        model.get('auxiliary_head'),
-    )
-    return (part for part in parts if part is not None)

@@ -1,9 +1,9 @@
 """What differs between the runs: their plan, and the config of each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from ssn_plugin.jobs.configs import load_config
 from studies.ledger import Row
@@ -93,7 +93,9 @@ def config_of(run: Row, folders: Mapping[str, Path], backbone: str, work_dir: Pa
 def _set_network(config: Config, task: str, channels: int, norm_cfg: dict) -> None:
     """Width and norm throughout; the demos' heads are for stages of 32 to 256 channels."""
     model = config.model
-    model.backbone.update(base_channels=channels, stem_channels=channels, norm_cfg=norm_cfg)
+    model.backbone.update(base_channels=channels, stem_channels=channels)
+    for part in (model.backbone, *new_parts(model)):
+        part.norm_cfg = norm_cfg  # update() would leave what the norm of the demo has besides
     stages = [channels * 2**stage for stage in range(4)]
     wide = 4 * channels
     if task == 'seg':
@@ -102,18 +104,28 @@ def _set_network(config: Config, task: str, channels: int, norm_cfg: dict) -> No
             channels=wide,
             c1_in_channels=stages[0],
             c1_channels=channels,
-            norm_cfg=norm_cfg,
         )
-        model.auxiliary_head.update(in_channels=stages[2], channels=2 * channels, norm_cfg=norm_cfg)
+        model.auxiliary_head.update(in_channels=stages[2], channels=2 * channels)
         return
-    model.neck.update(in_channels=stages, out_channels=wide, norm_cfg=norm_cfg)
+    model.neck.update(in_channels=stages, out_channels=wide)
     model.rpn_head.update(in_channels=wide, feat_channels=wide)
     heads = model.roi_head
     heads.bbox_roi_extractor.out_channels = heads.mask_roi_extractor.out_channels = wide
-    heads.bbox_head.update(
-        in_channels=wide, conv_out_channels=wide, fc_out_channels=4 * wide, norm_cfg=norm_cfg
+    heads.bbox_head.update(in_channels=wide, conv_out_channels=wide, fc_out_channels=4 * wide)
+    heads.mask_head.update(in_channels=wide, conv_out_channels=wide)
+
+
+def new_parts(model: ConfigDict) -> Iterator[ConfigDict]:
+    """What a backbone's weights do not reach."""
+    heads = model.get('roi_head', {})
+    parts = (
+        model.get('neck'),
+        heads.get('bbox_head'),
+        heads.get('mask_head'),
+        model.get('decode_head'),
+        model.get('auxiliary_head'),
     )
-    heads.mask_head.update(in_channels=wide, conv_out_channels=wide, norm_cfg=norm_cfg)
+    return (part for part in parts if part is not None)
 
 
 def _set_demo(config: Config, task: str, folder: Path, size: str) -> None:
