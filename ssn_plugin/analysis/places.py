@@ -3,8 +3,8 @@
 import re
 from typing import NamedTuple
 
-_STEM = re.compile(r'^(?:backbone\.)?((?:stem\.)?(?:sn|bn|gn|norm)?\d)$')
-_STAGE = re.compile(r'^(?:backbone\.)?(layer\d)\.(.+)$')
+_STEM = re.compile(r'^(?:backbone\.)?(stem\..+|(?:sn|bn|gn|norm)?\d)$')
+_STAGE = re.compile(r'^(?:backbone\.)?((?:layer|stage)\d)\.(.+)$')
 _HEAD = re.compile(r'^(?:.*\.)?(\w*head)\.(.+)$')
 
 
@@ -12,7 +12,8 @@ class Place(NamedTuple):
     """Where a layer is.
 
     Attributes:
-        stage: 'stem', 'layer1' to 'layer4', 'neck', the name of a head, or 'other'.
+        stage: 'stem', 'layer1', 'layer2', ... or 'stage1', ..., 'neck', the name of a head, or
+            'other'.
         kind: 'stem', 'residual', 'shortcut', 'FPN', 'head' or 'other'.
         label: Name of the layer within its stage.
     """
@@ -33,8 +34,8 @@ def place_of(layer: str) -> Place:
         ('bbox_head', 'head')
     """
     if found := _STAGE.match(layer):
-        kind = 'shortcut' if '.downsample.' in layer else 'residual'
-        return Place(found[1], kind, found[2])
+        kind = 'residual' if found[1].startswith('layer') else 'other'
+        return Place(found[1], 'shortcut' if '.downsample.' in layer else kind, found[2])
     if found := _HEAD.match(layer):
         return Place(found[1], 'head', found[2])
     if layer.startswith('neck.'):

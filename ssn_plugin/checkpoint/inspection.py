@@ -1,6 +1,7 @@
 """What a checkpoint file is, told in lines."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 
@@ -44,19 +45,16 @@ def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> d
         else f'no ResNet known here; its keys are {shown(list(backbone))}'
     ) + " under 'backbone.'" * inside
     report['weights'] = f'{len(weights)} entries, {numbers / 1e6:.2f} million numbers'
-    kinds = Counter(norm_layers(backbone).values())
-    report['norm layers'] = (
-        ', '.join(f'{count} {kind}' for kind, count in kinds.most_common()) or 'none'
-    )
-    beside = Counter(norm_layers({key: weights[key] for key in left_out}).values())
+    report['norm layers'] = _kinds_of(backbone) or 'none'
+    beside = _kinds_of({key: weights[key] for key in left_out})
     if beside:
-        report['norms elsewhere'] = ', '.join(f'{n} {kind}' for kind, n in beside.most_common())
+        report['norms elsewhere'] = beside
     told = told_candidates(checkpoint)
     sets = [told.backbone] if told.backbone else list(told.configured.values())
     if any(sets):
         report['candidates'] = '; '.join(', '.join(names) for names in sets if names)
     chosen = selections(backbone, told)
-    if kinds['SSN']:
+    if 'SSN' in norm_layers(backbone).values():
         report['selection'] = _by_stage(chosen)
     classifier = [key for key in weights if is_classifier(key)]
     if classifier:
@@ -94,15 +92,29 @@ def _origin(path: str, md5: str, checkpoint: Mapping, weights: Mapping[str, Tens
     return 'unknown'
 
 
+def _kinds_of(state: Mapping[str, Tensor]) -> str:
+    """How many norms of which kind, such as '53 BN, 4 LN or GN'."""
+    resnet = describe(state).depth is not None
+    kinds = Counter(
+        # LayerNorm and GroupNorm hold the same; only a name can tell them apart.
+        'LN or GN'
+        if kind == 'GN' and not resnet and not re.search(r'(?:^|\.)gn\d*$', name)
+        else kind
+        for name, kind in norm_layers(state).items()
+    )
+    return ', '.join(f'{count} {kind}' for kind, count in kinds.most_common())
+
+
 def _by_stage(chosen: Mapping) -> str:
-    """One line for all layers, and one per stage."""
+    """One line for all layers, and one per part of the backbone or of the whole network."""
     stages: dict[str, dict] = {}
     for name, selection in chosen.items():
-        first, below, _ = name.partition('.')
-        stage = first if below else 'stem'
-        stages.setdefault(stage, {})[name] = selection
+        stage, inside, _ = name.removeprefix('backbone.').partition('.')
+        stages.setdefault(stage if inside else 'stem', {})[name] = selection
     lines = {'all': chosen, **stages}
+    width = max(7, *map(len, lines))
     return '\n'.join(
-        f'{stage:7} ' + ', '.join(f'{count} {pair}' for pair, count in histogram(selected).items())
+        f'{stage:{width}} '
+        + ', '.join(f'{count} {pair}' for pair, count in histogram(selected).items())
         for stage, selected in lines.items()
     )

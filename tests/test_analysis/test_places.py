@@ -22,6 +22,8 @@ from ssn_plugin.jobs.configs import load_config
         ('rpn_head.rpn_conv.sn', ('rpn_head', 'head', 'rpn_conv.sn')),
         ('norm1', ('stem', 'stem', 'norm1')),
         ('3', ('other', 'other', '3')),
+        ('backbone.stem.conv.sn', ('stem', 'stem', 'stem.conv.sn')),
+        ('backbone.stage3.1.blocks.0.sn', ('stage3', 'other', '1.blocks.0.sn')),
         ('encoder.norm', ('other', 'other', 'encoder.norm')),
         ('', ('other', 'other', '')),
     ],

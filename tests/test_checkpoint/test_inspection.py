@@ -1,5 +1,7 @@
 """inspect_checkpoint tells what a file is."""
 
+import re
+
 import pytest
 import torch
 from backbones import (
@@ -141,6 +143,42 @@ def test_detector(file):
     assert report['other weights'].startswith(f'{len(others)} entries: {others[0]}, ')
     assert report['beside the weights'] == 'meta'
     assert 'classifier' not in report
+
+
+def ssn_at(*names: str) -> dict:
+    return {f'{name}.{key}': value for name in names for key, value in SSN(4).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ('names', 'stages'),
+    [
+        (
+            ('sn1', 'sn2', 'layer1.0.sn1', 'transition1.0.1', 'stage2.0.branches.0.0.sn1'),
+            {'all': 5, 'stem': 2, 'layer1': 1, 'transition1': 1, 'stage2': 1},  # HRNet
+        ),
+        (
+            ('backbone.stem.conv.sn', 'backbone.stage1.0.sn', 'backbone.stage1.1.main_conv.sn'),
+            {'all': 3, 'stem': 1, 'stage1': 2},  # YOLOX
+        ),
+        (
+            ('conv1.1', 'dfm.f_p.sn', 'norm'),
+            {'all': 3, 'conv1': 1, 'dfm': 1, 'stem': 1},
+        ),
+    ],
+)
+def test_stages_of_other_networks(file, names, stages):
+    lines = inspect_checkpoint(save(ssn_at(*names), file))['selection'].splitlines()
+    assert {line.split()[0]: int(line.split()[1]) for line in lines} == stages
+    assert len({re.match(r'\S+ +', line).end() for line in lines}) == 1  # one column
+
+
+def test_norms_with_weight_and_bias_alone(file):
+    """What LayerNorm keeps is what GroupNorm keeps."""
+    one = {'weight': torch.ones(4), 'bias': torch.zeros(4)}
+    state = {f'{name}.{key}': value for name in ('a.norm', 'b.ln1', 'c.gn', 'c.gn2')
+             for key, value in one.items()}  # fmt: skip
+    report = inspect_checkpoint(save(state | ssn_at('d'), file))
+    assert report['norm layers'] == '2 LN or GN, 2 GN, 1 SSN'
 
 
 @pytest.mark.parametrize('radius', [0.0, 1.0])
