@@ -19,6 +19,7 @@ from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
 from ssn_plugin.layers.sync_ssn import SyncSSN
+from ssn_plugin.shipped import config_path
 from ssn_plugin.training import (
     clip_control_gradients,
     control_parameters,
@@ -45,6 +46,7 @@ __all__ = [
     '__version__',
     'clip_control_gradients',
     'collapse_ssn',
+    'config_path',
     'control_parameters',
     'convert_batch_norm',
     'convert_sync_ssn',

@@ -18,6 +18,7 @@ LEVEL = {
     'version': 0,
     'errors': 0,
     'torch_versions': 0,
+    'shipped': 0,
     'ops': 1,
     'functional': 2,
     'layers': 3,
@@ -34,6 +35,7 @@ LEVEL = {
 TORCH_ALONE = {
     'errors',
     'torch_versions',
+    'shipped',
     'ops',
     'functional',
     'layers',

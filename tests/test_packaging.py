@@ -123,6 +123,27 @@ def test_imported_package_has_its_mim_folder():
     assert list((mim / 'configs').glob('coco/*.py'))
 
 
+def test_a_config_of_the_package_is_a_base(tmp_path):
+    """Nothing in a config is imported before its ``_base_`` is evaluated, so that imports."""
+    config = tmp_path / 'mine.py'
+    config.write_text(
+        "_base_ = [__import__('ssn_plugin').config_path('_base_/ssn_training.py')]\n"
+        'norm_cfg = _base_.ssn_norm\n'
+    )
+    read = pytest.importorskip('mmengine.config').Config.fromfile(config)
+    assert read.norm_cfg.type in ('SSN', 'SyncSSN')
+    assert read.custom_imports.imports == ['ssn_plugin']
+
+
+@pytest.mark.parametrize(
+    ('name', 'told'), [('_base_/ssn.py', '_base_/ssn_training.py'), ('x/y.py', 'coco')]
+)
+def test_a_config_that_is_not_there(name, told):
+    with pytest.raises(FileNotFoundError, match=f'got {name!r}, expected .*{told}') as caught:
+        ssn_plugin.config_path(name)
+    assert '\n' not in str(caught.value)
+
+
 def test_version_is_written_once(metadata):
     assert f'\nVersion: {ssn_plugin.__version__}\n' in metadata
     places = [

@@ -19,6 +19,7 @@ NAMES = [
     '__version__',
     'clip_control_gradients',
     'collapse_ssn',
+    'config_path',
     'control_parameters',
     'convert_batch_norm',
     'convert_sync_ssn',
@@ -46,6 +47,7 @@ SIGNATURES = {
         "training=True, momentum=0.1, eps=1e-05, normalizers=('IN', 'LN', 'BN'), num_groups=32, "
         'correction=0'
     ),
+    'config_path': 'name',
     'set_radius': 'model, radius',
     'undecided_layers': 'model',
     'copy_selection': 'source, target',
@@ -82,7 +84,7 @@ def test_all():
 
 
 def test_layers_offer_the_same_objects():
-    elsewhere = {'__version__', 'sparsestmax', 'switchable_norm', *deploy.__all__}
+    elsewhere = {'__version__', 'config_path', 'sparsestmax', 'switchable_norm', *deploy.__all__}
     elsewhere |= {name for name in NAMES if hasattr(training, name)}
     assert set(layers.__all__) == set(NAMES) - elsewhere
     for name in layers.__all__:

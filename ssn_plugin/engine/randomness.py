@@ -85,6 +85,9 @@ def _placing(kind: type[Sampler]) -> type[Sampler]:
 
         def __iter__(self) -> Iterator:
             own_pass, indices = self.run_pass, None
+            if issubclass(kind, InfiniteSampler):
+                # It keeps one generator, which ends with the first iteration that is given up.
+                self.indices = islice(self._indices_of_rank(), self.run_next, None)
             for number in count(self.run_next):
                 with self._seeded(own_pass, number):
                     # Some draw when the iteration begins.
@@ -181,4 +184,6 @@ def seed_samples(loader: DataLoader, seed: int) -> bool:
     except AttributeError:  # a list has no room for it
         return False
     place_indices(sampler, seed)
+    # Workers that stay, of a loader that has begun before, would load by the data set as it was.
+    loader._iterator = None
     return True

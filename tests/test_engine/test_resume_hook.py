@@ -102,6 +102,25 @@ def test_skipping_goes_to_the_place(num_workers):
     assert first(loader, 5) == straight[14:]
 
 
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_loader_that_had_begun_before(num_workers):
+    """The original mmengine begins when it builds the loop, before the hook sees the loader."""
+    straight = first(loader_of(InfiniteSampler), 12)
+    dataset = Draws()
+    loader = DataLoader(
+        dataset,
+        2,
+        sampler=InfiniteSampler(dataset, seed=5),
+        collate_fn=list,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+    )
+    next(iter(loader))
+    assert seed_samples(loader, 0)
+    loader.sampler.begin(0)
+    assert first(loader, 12) == straight
+
+
 def test_indices_of_another_kind_of_batches():
     """mmdet's, which collects images of like shape; and what else the sampler has is there."""
     pytest.importorskip('mmdet')
