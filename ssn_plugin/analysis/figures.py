@@ -4,9 +4,9 @@ Importing this module imports matplotlib.
 """
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -51,6 +51,22 @@ def plain(text: str) -> str:
     return text.replace('$', r'\$')
 
 
+def in_lines(text: str, width: int) -> str:
+    """A text in lines of about that many letters, which end at spaces and within names at marks.
+
+    Example:
+        >>> from ssn_plugin.analysis.figures import in_lines
+        >>> in_lines('work_dirs/mask-rcnn_r18_fpn', 10).split()
+        ['work_dirs/', 'mask-', 'rcnn_r18_', 'fpn']
+    """
+    lines = ['']
+    for piece in re.findall(r'[^\s/_.:-]*[\s/_.:-]?', text):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append('')
+        lines[-1] += piece
+    return '\n'.join(line.rstrip() for line in lines)
+
+
 def write_title(figure: Figure, title: str) -> None:
     """Write a title between the borders and the legend, in more lines where it is too long.
 
@@ -60,7 +76,7 @@ def write_title(figure: Figure, title: str) -> None:
     """
     # As the title is centred, twice the legend's inch is lost; about 9.5 letters fill an inch.
     wide = max(int(9.5 * (figure.get_size_inches()[0] - 2)), 20)
-    figure.suptitle('\n'.join(plain(fill(line, wide)) for line in title.split('\n')))
+    figure.suptitle('\n'.join(plain(in_lines(line, wide)) for line in title.split('\n')))
 
 
 def normalizer_style(name: str) -> dict:

@@ -109,6 +109,8 @@ def run_figure(history: History, title: str) -> Figure:
     _check(history)
     history = history.thinned(_CURVE_POINTS)
     iterations = [line['iter'] for line in history.lines]
+    # What jumps at the last record would lie on the edge of the axes.
+    end = iterations[-1] + max(0.02 * (iterations[-1] - iterations[0]), 0.5)
     figure = new_figure(9.0, 8.0)
     loss, decided, shares = figure.subplots(3, 1, sharex=True)
     known = [(line['iter'], line['loss']) for line in history.lines if line['loss'] is not None]
@@ -117,7 +119,7 @@ def run_figure(history: History, title: str) -> Figure:
     if known:
         loss.set_ylim(0, 1.05 * _most(value for _, value in known))
 
-    _draw_decided(decided, history, iterations)
+    _draw_decided(decided, history, [*iterations, end])
     radius = decided.twinx()
     radius.plot(
         iterations,
@@ -155,8 +157,7 @@ def run_figure(history: History, title: str) -> Figure:
     shares.set_yticks([0, 0.5, 1], ['0', '50 %', '100 %'])
     shares.set_ylabel('share of the ratios')
     shares.set_xlabel('iteration')
-    if len(iterations) > 1:
-        shares.set_xlim(iterations[0], iterations[-1])
+    shares.set_xlim(iterations[0], end)
     for ax in (loss, shares):
         ax.spines[['top', 'right']].set_visible(False)
     normalizer_legend(figure, normalizers)
@@ -223,11 +224,12 @@ def _most(values) -> float:
 
 
 def _draw_decided(ax: Axes, history: History, iterations: Sequence[int]) -> None:
-    both = [line['decided'] for line in history.lines]
+    lines = [*history.lines, history.lines[-1]]  # the last state goes on to the edge
+    both = [line['decided'] for line in lines]
     ax.plot(iterations, both, color='black', drawstyle='steps-post', label='decided: both')
     styles = {'mean': ('#0072B2', '--'), 'var': ('#D55E00', '-.')}
     for statistic, (colour, style) in styles.items():
-        counts = [sum(1 in ratios for ratios in line[statistic]) for line in history.lines]
+        counts = [sum(1 in ratios for ratios in line[statistic]) for line in lines]
         ax.plot(
             iterations,
             counts,
@@ -316,8 +318,18 @@ class _SimplexDrawing:
         ax.set_ylim(-0.22, math.sqrt(1.5) + 0.2)
         ax.set_aspect('equal')
         ax.set_axis_off()
-        ax.set_title(f'ratios of the {STATISTIC_NAMES[statistic]}', fontsize=11)
+        ax.set_title(
+            f'ratios of the {STATISTIC_NAMES[statistic]}\n{self._group(columns)}', fontsize=11
+        )
         return statistic, names, columns, all_points, circle, paths, ends, labels
+
+    def _group(self, columns: list[int]) -> str:
+        """The layers of a row in words: how many, and of which stages."""
+        stages = dict.fromkeys(place_of(self.history.layers[i]['layer']).stage for i in columns)
+        told = (
+            ', '.join(stages) if len(stages) <= 4 else f'{next(iter(stages))} to {list(stages)[-1]}'
+        )
+        return f'{len(columns)} layers: {told}'
 
     def _legend(self) -> None:
         handles = [

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ssn_plugin.analysis.comparison import aligned, differences, headline
 from ssn_plugin.analysis.figures import (
     STATISTIC_NAMES,
+    in_lines,
     mark_stages,
     new_figure,
     normalizer_legend,
@@ -157,7 +158,7 @@ def _wrapped(source: str, width: int = 11) -> str:
     """A name beside a panel, with its end where it is too long."""
     if len(source) > 4 * width:
         source = '…' + source[1 - 4 * width :]
-    return '\n'.join(source[i : i + width] for i in range(0, len(source), width))
+    return in_lines(source, width)
 
 
 def _bars(panels: Sequence[_Panel], layers: Sequence[str], title: str, height: float) -> Figure:

@@ -146,7 +146,9 @@ def _status(work_dir: Path, history: History | None, logs: RunLogs) -> str:
     if logs.starts:
         parts.append(f'started {_time(logs.starts[0])}')
         if len(logs.starts) > 1:
-            parts.append(f'resumed {len(logs.starts) - 1} times, last {_time(logs.starts[-1])}')
+            times = len(logs.starts) - 1
+            told = 'once, ' if times == 1 else f'{times} times, last '
+            parts.append(f'resumed {told}{_time(logs.starts[-1])}')
     parts.append(f'report of {datetime.datetime.now():%Y-%m-%d %H:%M}')
     return ' · '.join(parts)
 

@@ -3,10 +3,11 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from ssn_plugin.checkpoint.candidates import Candidates, candidate_names
 from ssn_plugin.checkpoint.files import md5_of, read_checkpoint, weights_entry, weights_in
 from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
 from ssn_plugin.checkpoint.release import RELEASES
@@ -50,12 +51,11 @@ def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> d
     if beside:
         report['norms elsewhere'] = beside
     told = told_candidates(checkpoint)
-    sets = [told.backbone] if told.backbone else list(told.configured.values())
-    if any(sets):
-        report['candidates'] = '; '.join(', '.join(names) for names in sets if names)
-    chosen = selections(backbone, told)
-    if 'SSN' in norm_layers(backbone).values():
-        report['selection'] = _by_stage(chosen)
+    selected = selections(weights, told)
+    if selected:
+        report['candidates'] = _candidates(weights, selected, told)
+    if 'SSN' in norm_layers(weights).values():
+        report['selection'] = _by_stage(selected)
     classifier = [key for key in weights if is_classifier(key)]
     if classifier:
         report['classifier'] = f'{weights[classifier[0]].shape[0]} classes'
@@ -85,7 +85,9 @@ def _origin(path: str, md5: str, checkpoint: Mapping, weights: Mapping[str, Tens
         return f'written by ssn_plugin {meta["ssn_plugin"]}: {meta.get("made_by", "published")}'
     if isinstance(meta, Mapping) and 'mmengine_version' in meta:
         iteration, epoch = meta.get('iter'), meta.get('epoch')
-        return f'a training of mmengine {meta["mmengine_version"]}: epoch {epoch}, iter {iteration}'
+        # mmengine writes the commit of the current folder right behind its version.
+        version = re.sub(r'([0-9a-f]{40}|unknown)$', '', str(meta['mmengine_version']))
+        return f'a training of mmengine {version}: epoch {epoch}, iter {iteration}'
     kinds = set(norm_layers(weights).values())
     if 'best_prec1' in checkpoint and kinds & {'SSN', 'SN'}:
         return "in the layout of the authors' releases, but of no released MD5 sum"
@@ -103,6 +105,17 @@ def _kinds_of(state: Mapping[str, Tensor]) -> str:
         for name, kind in norm_layers(state).items()
     )
     return ', '.join(f'{count} {kind}' for kind, count in kinds.most_common())
+
+
+def _candidates(weights: Mapping[str, Tensor], layers: Iterable[str], told: Candidates) -> str:
+    """The candidates of all layers; where they differ, each with the number of its layers."""
+    counts = Counter(
+        ', '.join(candidate_names(weights, layer, weights[f'{layer}.mean_weight'].numel(), told))
+        for layer in layers
+    )
+    if len(counts) == 1:
+        return next(iter(counts))
+    return '; '.join(f'{names} in {count} layers' for names, count in counts.most_common())
 
 
 def _by_stage(chosen: Mapping) -> str:

@@ -20,13 +20,13 @@ def test_the_demo_detector():
     assert found['Model']['roi_head.mask_head'] == 'FCNMaskHead'
     (norms,) = found['Normalisation']
     assert norms == 'backbone, neck, roi_head.bbox_head, roi_head.mask_head'
-    assert found['Normalisation'][norms] == 'SSN'
+    assert found['Normalisation'][norms].startswith('SSN, normalizers LN, GN, BN')
     assert found['Data']['train: images per process'] == '4'
     assert found['Data']['val: data'].endswith('data/demo/coco/annotations/instances_val2017.json')
     assert 'SGD, lr 0.02' in found['Optimisation']['optimizer']
-    assert found['Schedule']['radius'] == '0 to 1, from 0 to 1 of the run'
+    assert found['Schedule']['radius'] == '0 to 1, from 0 to 0.3 of the run'
     first = int(re.search(r'iteration (\d+) of 800', str(found['Schedule']))[1])
-    hook = SSNRadiusHook()
+    hook = SSNRadiusHook(end=0.3)
     assert hook.radius_at(first - 1, 800) >= (2 / 3) ** 0.5 > hook.radius_at(first - 2, 800)
 
 

@@ -95,7 +95,7 @@ def test_run_figure_shows_loss_counts_and_shares():
     iterations = [line['iter'] for line in recorded.lines]
     drawn = dict(loss.lines[0].get_xydata())
     assert drawn == {x['iter']: x['loss'] for x in recorded.lines if x['loss'] is not None}
-    counts = {line.get_label(): line.get_ydata() for line in decided.lines}
+    counts = {line.get_label(): line.get_ydata()[:-1] for line in decided.lines}
     assert counts['decided: both'].tolist() == [line['decided'] for line in recorded.lines]
     assert counts['decided: mean'].tolist() == [sum(x['mean_fixed']) for x in recorded.lines]
     assert counts['decided: variance'].tolist() == [sum(x['var_fixed']) for x in recorded.lines]
@@ -109,6 +109,30 @@ def test_run_figure_shows_loss_counts_and_shares():
     outline = shares.collections[0].get_paths()[0].vertices
     assert outline[outline[:, 0] == iterations[-1]][:, 1].max() == pytest.approx(share)
     assert '5 of 5 layers are one normalizer' in texts(figure)
+
+
+def test_the_last_jump_is_seen():
+    """The state of the last record goes on to the edge of the axes, which is behind it."""
+    recorded = history(layers=5, records=3)
+    assert recorded.lines[-1]['decided'] > recorded.lines[-2]['decided']
+    _, decided, shares, _ = run_figure(recorded, 'A run').axes
+    last, end = recorded.lines[-1]['iter'], shares.get_xlim()[1]
+    assert end > last
+    x, y = decided.lines[0].get_data()
+    assert list(x[-2:]) == [last, end]
+    assert list(y[-2:]) == [recorded.lines[-1]['decided']] * 2
+
+
+def test_triangles_name_their_layers():
+    recorded = history(layers=3)
+    recorded.layers[2]['normalizers'] = ['LN', 'GN', 'BN']
+    titles = [ax.get_title() for ax in simplex_figure(recorded, 'A run').axes]
+    assert titles == [
+        'ratios of the mean\n2 layers: stem, layer1',
+        'ratios of the variance\n2 layers: stem, layer1',
+        'ratios of the mean\n1 layers: neck',
+        'ratios of the variance\n1 layers: neck',
+    ]
 
 
 def test_files_and_frames(tmp_path):

@@ -14,6 +14,7 @@ from backbones import (
 )
 from pickled_code import Marker
 from released_files import released_checkpoint, released_file, released_state, save
+from torch import nn
 
 from ssn_plugin import SSN, set_radius
 from ssn_plugin.checkpoint import inspection, release
@@ -242,3 +243,37 @@ def test_candidates_are_named_as_analyze_selection_names_them(tmp_path):
     assert report['candidates'] == 'BN, IN, LN'
     assert '20 LN' in report['selection']  # the last candidate, at a tie
     assert {row.selected for row in rows_of(str(path))} == {('LN', 'LN')}
+
+
+def test_candidates_and_selections_of_every_part(file):
+    """Each layer's own, as it records them, and not those of the backbone."""
+    model = nn.ModuleDict(
+        dict(
+            backbone=build('mmdet', norm_cfg=dict(type='SSN', normalizers=('IN', 'LN', 'BN'))),
+            decode_head=nn.Sequential(SSN(4, normalizers=('LN', 'GN')), nn.LayerNorm(4)),
+        )
+    )
+    set_radius(model, 1.0)
+    report = inspect_checkpoint(save({'state_dict': model.state_dict()}, file))
+    assert report['candidates'] == 'IN, LN, BN in 20 layers; LN, GN in 1 layers'
+    lines = dict(line.split(maxsplit=1) for line in report['selection'].splitlines())
+    assert lines['all'] == '20 BN, 1 GN'
+    assert lines['stem'] == '1 BN'
+    assert lines['decode_head'] == '1 GN'
+    assert report['norms elsewhere'] == '1 SSN, 1 LN or GN'
+
+
+def test_parts_of_another_network(file):
+    layers = dict(stage2=nn.ModuleDict(dict(branches=SSN(4))), norm1=SSN(4), stem=SSN(4))
+    model = nn.ModuleDict(dict(backbone=nn.ModuleDict(layers)))
+    report = inspect_checkpoint(save({'state_dict': model.state_dict()}, file))
+    parts = [line.split()[0] for line in report['selection'].splitlines()]
+    assert parts == ['all', 'stage2', 'stem']
+
+
+@pytest.mark.parametrize('commit', ['', 'unknown', '0123456789abcdef' * 2 + '01234567'])
+def test_the_version_of_mmengine_without_the_commit_behind_it(file, commit):
+    meta = {'mmengine_version': f'0.10.7{commit}', 'epoch': 3, 'iter': 70}
+    state = as_detector(batch_norm_network('mmdet', **NARROW).state_dict())
+    report = inspect_checkpoint(save({'meta': meta, 'state_dict': state}, file))
+    assert report['origin'] == 'a training of mmengine 0.10.7: epoch 3, iter 70'

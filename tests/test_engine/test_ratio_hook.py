@@ -133,9 +133,11 @@ def test_layers_of_different_candidates():
     assert per_layer['ssn/1/var/LN'] == pytest.approx(0.5)
     last = {key: per_layer[f'ssn/2/mean/{key}'] for key in ('IN', 'LN', 'BN', 'GN')}
     assert list(last.values()) == pytest.approx(model[2].mean_ratios.tolist())
-    # averaged over the layers that have the candidate
-    assert summary['ssn_GN'] == pytest.approx(last['GN'])
-    assert summary['ssn_LN'] == pytest.approx((2 * 0.5 + 2 * last['LN']) / 4)
+    # averaged over all layers, so that the shares sum to one
+    assert summary['ssn_GN'] == pytest.approx(last['GN'] / 3)
+    assert summary['ssn_LN'] == pytest.approx((0.5 + last['LN']) / 3)
+    shares = [summary[f'ssn_{name}'] for name in ('IN', 'LN', 'BN', 'GN')]
+    assert sum(shares) == pytest.approx(1)
     assert summary['ssn_radius'] == pytest.approx(0.3)
 
 
@@ -169,7 +171,7 @@ def test_bad_interval_is_named(interval):
 )
 def test_recorded_every_interval_and_after_the_last(interval, max_iters, expected):
     hook = SSNRatioHook(interval)
-    runner = Mock(model=nn.Sequential(SSN(2)), max_iters=max_iters)
+    runner = Mock(model=nn.Sequential(SSN(2)), max_iters=max_iters, hooks=[])
     for runner.iter in range(max_iters):
         hook.after_train_iter(runner, batch_idx=0)
     steps = [call.kwargs['step'] for call in runner.visualizer.add_scalars.call_args_list]
@@ -184,7 +186,7 @@ def test_names_are_the_models_and_not_its_wrappers():
     )
     try:
         wrapped = MMDistributedDataParallel(nn.Sequential(SSN(2)), device_ids=None)
-        runner = Mock(model=wrapped, iter=0, max_iters=1)
+        runner = Mock(model=wrapped, iter=0, max_iters=1, hooks=[])
         SSNRatioHook().after_train_iter(runner, batch_idx=0)
         (scalars,) = runner.visualizer.add_scalars.call_args.args
         assert 'ssn/0/mean/IN' in scalars
@@ -192,26 +194,26 @@ def test_names_are_the_models_and_not_its_wrappers():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize('interval', [1, 3], ids=lambda interval: f'every {interval}')
 @pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
-def test_log_line(make_runner, by_epoch):
-    runner = make_runner(by_epoch, hooks=HOOKS)
+def test_every_log_line_is_of_its_own_iteration(make_runner, by_epoch, interval):
+    """Also between the records, which are of every fifth iteration."""
+    logger = dict(type='LoggerHook', interval=interval)
+    runner = make_runner(by_epoch, hooks=HOOKS, default_hooks=dict(logger=logger))
     runner.train()
     log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
     lines = re.findall(r'(?:Iter|Epoch)\(train\).*', log)
-    assert len(lines) == 12
-    radii = [re.search(r'ssn_radius: ([\d.]+)', line) for line in lines]
-    decided = [re.search(r'ssn_decided: ([\d.]+)', line) for line in lines]
-    # nothing before the first record; from then on the latest one
-    expected = [None] * 4 + [4 / 11] * 5 + [9 / 11] * 2 + [1.0]
-    for match, radius in zip(radii, expected, strict=True):
-        assert (match is None) == (radius is None)
-        assert match is None or float(match[1]) == pytest.approx(radius, abs=1e-4)
-    assert [float(match[1]) for match in decided[4:]] == [0] * 5 + [2] * 3
-    ratios = {
-        name: float(value) for name, value in re.findall(r'ssn_([ILB]N): ([\d.]+)', lines[-1])
-    }
-    assert set(ratios) == {'IN', 'LN', 'BN'}
-    assert sum(ratios.values()) == pytest.approx(1, abs=1e-3)
+    told = range(interval - 1, 12, interval)
+    if by_epoch and interval == 3:  # counted in each epoch of 4 iterations
+        told = [2, 6, 10]
+    assert len(lines) == len(told)
+    for line, iteration in zip(lines, told, strict=True):
+        radius = float(re.search(r'ssn_radius: ([\d.]+)', line)[1])
+        assert radius == pytest.approx(iteration / 11, abs=1e-4)
+        ratios = dict(re.findall(r'ssn_([ILB]N): ([\d.]+)', line))
+        assert set(ratios) == {'IN', 'LN', 'BN'}
+        assert sum(map(float, ratios.values())) == pytest.approx(1, abs=1e-3)
+    assert re.search(r'ssn_decided: ([\d.]+)', lines[-1])[1] == '2.0000'
 
 
 @pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
@@ -244,7 +246,7 @@ def test_last_iteration_is_recorded_where_the_logger_prints_nothing(make_runner)
     )
     runner.train()
     history = runner.message_hub.get_scalar('train/ssn_radius')
-    assert history.data[1].sum() == 3  # iterations 5, 10 and 12
+    assert history.data[1].sum() == 4  # iterations 5, 10 and 12, and 4, which mmengine does print
     assert history.current() == 1.0
     assert runner.message_hub.get_scalar('train/ssn_decided').current() == 2.0
     assert [step for step, _ in scalars_of(runner)['ssn/norm1/mean/BN']] == [5, 10, 12]
@@ -384,7 +386,7 @@ def test_one_synchronisation_per_interval(make_runner, monkeypatch):
     model = nn.Sequential(SSN(4), SSN(4), SN(4))
     monkeypatch.setattr(torch.Tensor, 'tolist', counted)
     hook = SSNRatioHook(interval=5)
-    runner = Mock(model=model, max_iters=10)
+    runner = Mock(model=model, max_iters=10, hooks=[])
     for runner.iter in range(10):
         hook.after_train_iter(runner, batch_idx=0)
     assert reads == [2 * 6 + 2 * 3 + 6] * 2

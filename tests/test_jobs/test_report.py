@@ -157,6 +157,19 @@ def test_a_run_that_has_ended_and_its_file(tmp_path):
     assert not (folder / REPORT_FILE).exists()
 
 
+@pytest.mark.parametrize(
+    ('resumed', 'said'), [(1, 'resumed once, '), (2, 'resumed 2 times, last ')]
+)
+def test_how_often_it_was_resumed(tmp_path, resumed, said):
+    folder = work_dir(tmp_path / 'run', 4)
+    for number in range(1, resumed + 1):
+        logs = folder / f'20260102_03040{5 + number}' / 'vis_data'
+        logs.mkdir(parents=True)
+        step = 5 + number
+        (logs / 'scalars.json').write_text(f'{{"lr": 0.1, "loss": 2.5, "step": {step}}}\n')
+    assert f'{said}2026-01-02 03:04' in write_report(folder).read_text()
+
+
 def test_a_history_alone_is_enough(tmp_path):
     folder = work_dir(tmp_path / 'run', 2)
     shutil.rmtree(folder / '20260102_030405')

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook
 from torch import nn
 
 from ssn_plugin.analysis.history import (
@@ -30,7 +30,8 @@ class SSNRatioHook(Hook):
 
     - to the log, which also hands it to the visualizer: ``ssn_radius``, the largest of the model;
       ``ssn_decided``, the number of layers whose mean and variance ratios are both one-hot;
-      ``ssn_IN``, ``ssn_LN``, ...: importance ratio averaged over layers and both statistics;
+      ``ssn_IN``, ``ssn_LN``, ...: importance ratio averaged over all layers and both statistics,
+      which sum to 1. Every line of the log has the values of its own iteration;
     - to the visualizer, TensorBoard for one: ``ssn/<layer>/mean/<normalizer>`` and
       ``ssn/<layer>/var/<normalizer>``, the ratios layer by layer;
     - to ``ratios.jsonl`` in the work dir: one line with all of it
@@ -41,8 +42,8 @@ class SSNRatioHook(Hook):
     written, on a full disk for one: the training goes on without it until a checkpoint cannot be
     written either.
 
-    It costs one synchronisation with the device per interval. After the training, the visualizer
-    gets the figures, and the work dir a ``report.html``
+    It costs one synchronisation with the device per interval and per line of the log. After the
+    training, the visualizer gets the figures, and the work dir a ``report.html``
     (:func:`ssn_plugin.analysis.run_report.write_run_report`); what fails there is one warning.
 
     Args:
@@ -104,7 +105,8 @@ class SSNRatioHook(Hook):
             outputs: Unused.
         """
         last = is_last_iteration(runner, batch_idx)
-        if not (self.every_n_train_iters(runner, self.interval) or last):
+        recorded = self.every_n_train_iters(runner, self.interval) or last
+        if not (recorded or _is_logged(runner, batch_idx)):
             return
         model = unwrapped(runner.model)
         rows = layer_ratios(model)
@@ -112,6 +114,8 @@ class SSNRatioHook(Hook):
         summary, per_layer = importance_scalars(model, rows)
         for name, value in summary.items():
             runner.message_hub.update_scalar(f'train/{name}', value)
+        if not recorded:
+            return
         runner.visualizer.add_scalars(per_layer, step=runner.iter + 1)
         if self._history is None:
             return
@@ -176,6 +180,18 @@ class SSNRatioHook(Hook):
         return float(scalars['train/loss'].mean(self.interval))
 
 
+def _is_logged(runner, batch_idx: int) -> bool:
+    """Whether mmengine writes a line of the log after this iteration."""
+    return any(
+        isinstance(hook, LoggerHook)
+        and (
+            hook.every_n_inner_iters(batch_idx, hook.interval)
+            or hook.end_of_epoch(runner.train_dataloader, batch_idx)
+        )
+        for hook in runner.hooks
+    )
+
+
 def _is_finite(row: LayerRatios) -> bool:
     return all(map(math.isfinite, row.mean_ratios + row.var_ratios))
 
@@ -209,5 +225,7 @@ def importance_scalars(
         'ssn_radius': max(scheduled or radii.values(), default=0.0),
         'ssn_decided': float(sum(row.decided for row in rows)),
     }
-    summary |= {f'ssn_{n}': sum(ratios) / len(ratios) for n, ratios in by_normalizer.items()}
+    # Over all layers, those without the candidate too, or the shares would not sum to 1.
+    count = len(STATISTICS) * len(rows)
+    summary |= {f'ssn_{n}': sum(ratios) / count for n, ratios in by_normalizer.items()}
     return summary, per_layer
