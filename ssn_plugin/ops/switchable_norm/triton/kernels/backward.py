@@ -175,7 +175,7 @@ def _affine_gradients_of_first(
     SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The same by the first program that has the channels in its rows."""
-    if (sample == 0) & (split == 0):
+    if sample + split == 0:
         _affine_gradients(
             sums, dweight, dbias, c, exists & (n == 0), N, C, splits, SPLITS, SAMPLES, CHANNELS
         )

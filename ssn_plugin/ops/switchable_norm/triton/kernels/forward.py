@@ -192,19 +192,20 @@ def _row_affine(
         mean_in = tl.sum(one_mean, 0)
         var_in = tl.sum(one_var, 0)
         if SPLITS > 1:
-            tl.store(rows + row, mean_in, mask=exists & (split == 0))
-            tl.store(rows + N * C + row, var_in, mask=exists & (split == 0))
+            keeps = exists & (tl.zeros_like(n) + split == 0)
+            tl.store(rows + row, mean_in, mask=keeps)
+            tl.store(rows + N * C + row, var_in, mask=keeps)
     if LN and MERGES:
         mean_ln, var_ln = sample_moments(
             rows, partial, sample, N, C, S, chunk, splits, divisor, SPLITS, CHANNELS
         )
         one = tl.arange(0, 1)
-        first = (tl.min(c, 0) == 0) & (split == 0)
-        tl.store(of_samples + sample + one, mean_ln, mask=first & (one == 0))
-        tl.store(of_samples + N + sample + one, var_ln, mask=first & (one == 0))
+        is_first = one + tl.min(c, 0) + split == 0  # the first channel and the first split
+        tl.store(of_samples + sample + one, mean_ln, mask=is_first)
+        tl.store(of_samples + N + sample + one, var_ln, mask=is_first)
     else:
         mean_ln, var_ln = load_saved(1, KINDS, saved, row, n, c, exists, N, C, G, HAS_ROWS)
-    first = exists & (n == 0) & (split == 0)
+    first = exists & (n + split == 0)
     if CONSTANT:
         mean_bn = tl.load(running_mean + c, mask=exists, other=0).to(tl.float32)
         var_bn = tl.load(running_var + c, mask=exists, other=0).to(tl.float32)
@@ -216,7 +217,7 @@ def _row_affine(
         mean_bn, var_bn = channel_moments(
             rows, partial, c, exists, N, C, S, chunk, splits, divisor, SPLITS, SAMPLES, ROWS
         )
-        if (sample == 0) & (split == 0):
+        if sample + split == 0:
             _store_channels(
                 saved, running_mean, running_var, momentum, unbias, c, mean_bn, var_bn, first,
                 N, C, G, HAS_ROWS, TRACKS, MOMENTUM_TENSOR,
