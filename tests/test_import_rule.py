@@ -103,6 +103,21 @@ def test_contributing_says_the_same():
     assert stated == kept
 
 
+# What names in several places mean by design: the backbone of each framework, the contract of all
+# backends, and the paper's formulas, their fast form and their public form.
+SEVERAL = {'SSNResNet', 'forward', 'backward', 'sparsestmax', 'switchable_norm'}
+
+
+def test_a_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith('_'):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    twice = {name: files for name, files in places.items() if len(files) > 1}
+    assert set(twice) <= SEVERAL, twice
+
+
 def test_there_is_no_grab_bag():
     assert not [
         path for path in FILES if path.stem in ('utils', 'util', 'helpers', 'common', 'misc')

@@ -138,7 +138,7 @@ def _by_order(
     return tuple(zip(usable, left, strict=True))
 
 
-def differences(
+def key_differences(
     own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str], dict[str, str]]:
     """Keys that a file lacks, that it has beyond a model's, and those of another shape: which.
@@ -185,7 +185,7 @@ def check_match(
         if not is_classifier(key)
         and not (re.match(r'layer[1-4]\.', key) and key.split('.')[0] not in stages)
     }
-    missing, unexpected, misshapen = differences(own, loaded)
+    missing, unexpected, misshapen = key_differences(own, loaded)
     new = _new_parts(missing, loaded)
     kinds = {
         'missing': [key for key in missing if key not in new],

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_entry, weights_in, write_checkpoint
 from ssn_plugin.checkpoint.layout import backbone_of, describe
 from ssn_plugin.checkpoint.release import released
-from ssn_plugin.checkpoint.selection import Selection, histogram, selections
+from ssn_plugin.checkpoint.selection import Selected, histogram, selections
 from ssn_plugin.checkpoint.traits import told_candidates, told_traits
 from ssn_plugin.errors import CheckpointError
 from ssn_plugin.version import __version__
@@ -32,7 +32,7 @@ class Published(NamedTuple):
 
     path: Path
     layout: str
-    selection: dict[str, Selection]
+    selection: dict[str, Selected]
     left_out: tuple[str, ...]
     left_out_beside: tuple[str, ...]
 

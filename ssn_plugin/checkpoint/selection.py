@@ -12,7 +12,7 @@ from ssn_plugin.checkpoint.layout import norm_layers
 from ssn_plugin.functional import sparsestmax
 
 
-class Selection(NamedTuple):
+class Selected(NamedTuple):
     """The normalizers that one layer chose.
 
     Attributes:
@@ -24,7 +24,7 @@ class Selection(NamedTuple):
     var: str | None
 
 
-def selections(state: Mapping[str, Tensor], told: Candidates | None = None) -> dict[str, Selection]:
+def selections(state: Mapping[str, Tensor], told: Candidates | None = None) -> dict[str, Selected]:
     """The choice of every SSN and SN layer of a state dict.
 
     Without ``told``, candidates are taken to be IN, LN, BN and GN, as many of them as there are
@@ -40,18 +40,18 @@ def selections(state: Mapping[str, Tensor], told: Candidates | None = None) -> d
         >>> layer = SSN(8)
         >>> set_radius(layer, 1.0)
         >>> selections({f'sn1.{name}': value for name, value in layer.state_dict().items()})
-        {'sn1': Selection(mean='BN', var='BN')}
+        {'sn1': Selected(mean='BN', var='BN')}
     """
     found = {}
     for name, kind in norm_layers(state).items():
         if kind in ('SSN', 'SN'):
-            found[name] = Selection(
+            found[name] = Selected(
                 *(_choice(state, name, statistic, kind, told) for statistic in ('mean', 'var'))
             )
     return found
 
 
-def histogram(selected: Mapping[str, Selection]) -> dict[str, int]:
+def histogram(selected: Mapping[str, Selected]) -> dict[str, int]:
     """How many layers chose which pair, as ``{'IN': 5, 'LN/BN': 2, 'undecided': 1}``.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssn_plugin.checkpoint.layout import norm_layers, places_of, shown
-from ssn_plugin.checkpoint.matching import check_shortcuts, differences, in_names_of
+from ssn_plugin.checkpoint.matching import check_shortcuts, in_names_of, key_differences
 from ssn_plugin.errors import CheckpointError
 from ssn_plugin.layers.convert import (
     BN_RATIO,
@@ -210,7 +210,7 @@ def warm_start(
     """
     own = module.state_dict()
     fitted, left_out, lines = fit(module, state, path, bn_ratio)
-    missing, unexpected, misshapen = differences(own, fitted)
+    missing, unexpected, misshapen = key_differences(own, fitted)
     layers = [name for name, layer in module.named_modules() if isinstance(layer, SSN)]
     lacking = {key.rpartition('.')[0] for key in (*missing, *misshapen)}
     filled = [name for name in layers if name not in lacking]

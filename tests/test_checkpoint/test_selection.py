@@ -6,7 +6,7 @@ from backbones import build
 from released_files import released_state
 
 from ssn_plugin import SN, SSN, set_radius
-from ssn_plugin.checkpoint.selection import Selection, histogram, selections
+from ssn_plugin.checkpoint.selection import Selected, histogram, selections
 
 
 def of_the_model(state, normalizers=('IN', 'LN', 'BN')):
@@ -53,24 +53,24 @@ def test_two_candidates_that_are_not_those_of_the_release_are_numbered():
     set_radius(layer, 1.0)
     state = {f'sn1.{key}': value for key, value in layer.state_dict().items()}
     assert layer.selected == ('IN', 'IN')
-    assert selections(state) == {'sn1': Selection('1', '1')}
+    assert selections(state) == {'sn1': Selected('1', '1')}
 
 
 def test_sn_is_never_decided_and_batch_norm_is_no_choice():
     state = {f'sn1.{key}': value for key, value in SN(4).state_dict().items()}
     state |= {f'bn2.{k}': value for k, value in torch.nn.BatchNorm2d(4).state_dict().items()}
     state['sn1.mean_weight'] = torch.tensor([100.0, 0.0, 0.0])
-    assert selections(state) == {'sn1': Selection(None, None)}
+    assert selections(state) == {'sn1': Selected(None, None)}
 
 
 def test_histogram():
     chosen = {
-        'a': Selection('LN', 'LN'),
-        'b': Selection('IN', 'BN'),
-        'c': Selection('LN', 'LN'),
-        'd': Selection(None, 'BN'),
-        'e': Selection(None, None),
-        'f': Selection('LN', 'LN'),
+        'a': Selected('LN', 'LN'),
+        'b': Selected('IN', 'BN'),
+        'c': Selected('LN', 'LN'),
+        'd': Selected(None, 'BN'),
+        'e': Selected(None, None),
+        'f': Selected('LN', 'LN'),
     }
     assert histogram(chosen) == {'LN': 3, 'undecided': 2, 'IN/BN': 1}
     assert list(histogram(chosen)) == ['LN', 'undecided', 'IN/BN']
