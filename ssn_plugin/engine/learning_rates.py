@@ -34,6 +34,7 @@ def keep_ratios(optim_wrapper, schedulers) -> None:
 
 def _keep_ratio(scheduler: _ParamScheduler, mults: list[float]) -> None:
     groups = scheduler.optimizer.param_groups
+    mults = mults + [1.0] * (len(groups) - len(mults))  # mmengine adds one that is for the log
     if isinstance(scheduler, OneCycleParamScheduler):
         if len({group['max_lr'] for group in groups}) == 1:  # no list of the user's own
             scheduler.__class__ = _scaled(type(scheduler))

@@ -1,5 +1,6 @@
 """SSNOptimWrapperConstructor: every parameter group, and the clipping as the update shows it."""
 
+import copy
 import math
 from functools import partial
 
@@ -7,10 +8,15 @@ import pytest
 import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.hooks import Hook
-from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
+from mmengine.optim import (
+    DefaultOptimWrapperConstructor,
+    ReduceOnPlateauLR,
+    build_optim_wrapper,
+)
 from torch import nn
 
-from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin import SN, SSN, SelectedNorm, set_radius
+from ssn_plugin.engine.learning_rates import keep_ratios
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
 
 try:
@@ -563,6 +569,192 @@ def test_steps_leave_what_is_decided():
         for name in ('mean_weight', 'var_weight'):
             assert sorted(layer.state_dict()[name].tolist())[-2:] == [0.0, 1.0]
             assert torch.equal(layer.state_dict()[name], state[name])
+
+
+# ---------------------------------------------------------------- gradients that are lost
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('clip', [1.0, None])
+@pytest.mark.parametrize('clip_all', [None, dict(max_norm=1e9)])
+def test_one_lost_gradient_leaves_control_parameters_alone(value, clip, clip_all, caplog):
+    model = two_norms()
+    settings = plain_sgd() if clip_all is None else plain_sgd() | dict(clip_grad=clip_all)
+    wrapper = build(model, dict(ssn_clip_norm=clip), **settings)
+    before = snapshot(model)
+    for _ in range(2):
+        wrapper.zero_grad()
+        loss_with(model, gradients(model, 0.5)).backward()
+        model[2].var_weight.grad[0] = value
+        wrapper.step()
+    update = update_of(model, before)
+    for name, moved in update.items():
+        assert moved.isfinite().all(), name
+        assert bool((moved == 0).all()) == ('mean_weight' in name or 'var_weight' in name), name
+    wrapper.update_params(loss_with(model, gradients(model, 0.5)))
+    assert all((moved != 0).any() for moved in update_of(model, before).values())
+
+
+def test_a_lost_gradient_is_said_once_with_its_layer(monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        'ssn_plugin.engine.optim_wrapper_constructor.print_log', lambda text, **_: said.append(text)
+    )
+    model = two_norms()
+    wrapper = build(model, **plain_sgd())
+    wrapper.message_hub.update_info('iter', 16)
+    for _ in range(3):
+        loss_with(model, gradients(model, 0.5)).backward()
+        model[2].var_weight.grad[0] = math.nan
+        wrapper.step()
+    (text,) = said
+    assert '2.var_weight is NaN or infinite in iteration 17, of 1 of 4 control parameters' in text
+
+
+def test_an_overflow_under_a_scaler_is_no_lost_gradient(monkeypatch):
+    """GradScaler begins with a factor that overflows, and leaves such steps out itself."""
+    said = []
+    monkeypatch.setattr(
+        'ssn_plugin.engine.optim_wrapper_constructor.print_log', lambda text, **_: said.append(text)
+    )
+    model = two_norms()
+    wrapper = build(model, **(plain_sgd() | dict(clip_grad=dict(max_norm=1.0))))
+    wrapper.loss_scaler = object()
+    loss_with(model, gradients(model, 0.5)).backward()
+    model[0].mean_weight.grad[0] = math.inf
+    wrapper._clip_grad()
+    del wrapper.loss_scaler
+    wrapper.optimizer.found_inf = torch.ones(())  # as for a fused optimizer
+    model[0].mean_weight.grad = torch.full((3,), math.inf)
+    for hook in wrapper.optimizer._optimizer_step_pre_hooks.values():
+        hook(wrapper.optimizer, (), {})
+    assert said == []
+
+
+# ---------------------------------------------------------------- other layers, other rules
+
+
+def test_selected_norm_is_a_norm_layer():
+    model = nn.Sequential(SelectedNorm(4, 'LN', 'BN'), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    wrapper = build(model, dict(norm_decay_mult=0.0, bias_decay_mult=0.5), **SGD)
+    decays = {}
+    for group in wrapper.optimizer.param_groups:
+        (parameter,) = group['params']
+        (name,) = (n for n, p in model.named_parameters() if p is parameter)
+        decays[name] = group['weight_decay']
+    base = DECAY
+    assert decays == {
+        '0.weight': 0, '0.bias': 0, '1.weight': base, '1.bias': base / 2, '2.weight': 0, '2.bias': 0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize('ssn_decay_mult', [0.0, 2.0])
+def test_their_weight_decay_replaces_any_other(ssn_decay_mult):
+    rules = dict(
+        norm_decay_mult=0.5,
+        custom_keys={'0.mean_weight': dict(decay_mult=3.0), '2': dict(decay_mult=7.0)},
+        ssn_decay_mult=ssn_decay_mult,
+    )
+    model = two_norms()
+    wrapper = build(model, rules, **SGD)
+    for group in wrapper.optimizer.param_groups:
+        if any(group['params'][0] is parameter for parameter in control_of(model)):
+            assert group['weight_decay'] == pytest.approx(DECAY * ssn_decay_mult)
+
+
+# ---------------------------------------------------------------- schedulers
+
+SCHEDULERS = [
+    dict(type='PolyLR', eta_min=0.02, power=0.9, begin=0, end=12, by_epoch=False),
+    dict(type='CosineAnnealingLR', eta_min=0.02, begin=0, end=12, by_epoch=False),
+    dict(
+        type='CosineRestartLR',
+        eta_min=0.02,
+        periods=[4, 8],
+        restart_weights=[1, 0.8],
+        by_epoch=False,
+    ),
+    dict(type='OneCycleLR', eta_max=0.05, total_steps=12, by_epoch=False),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.4, begin=0, end=12, by_epoch=False),
+    dict(type='LinearLR', start_factor=0.1, end=6, by_epoch=False),
+]
+
+
+class Rates(Hook):
+    """The learning rate of every kind of parameter, in every iteration."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.seen = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        control = control_of(runner.model)
+        rates = {True: set(), False: set()}
+        for group in runner.optim_wrapper.optimizer.param_groups:
+            rates[any(group['params'][0] is p for p in control)].add(group['lr'])
+        self.seen.append(rates)
+
+
+@pytest.mark.parametrize('scheduler', SCHEDULERS, ids=lambda s: '-'.join([s['type'], list(s)[1]]))
+@pytest.mark.parametrize('warm_up', [False, True])
+def test_every_scheduler_keeps_the_ratio(make_runner, scheduler, warm_up):
+    if warm_up and scheduler['type'] == 'OneCycleLR':
+        pytest.skip('has a warm-up of its own')
+    schedulers = [dict(scheduler)]
+    if warm_up:
+        schedulers.insert(0, dict(type='LinearLR', start_factor=0.5, end=3, by_epoch=False))
+    wrapper = dict(
+        optimizer=dict(type='SGD', lr=0.05, weight_decay=1e-3),
+        constructor='SSNOptimWrapperConstructor',
+        paramwise_cfg=dict(ssn_lr_mult=0.1, norm_decay_mult=0.0),
+    )
+    settings = dict(optim_wrapper=wrapper)
+    runs, seen = [], []
+    for constructor in ('SSNOptimWrapperConstructor', 'DefaultOptimWrapperConstructor'):
+        rules = wrapper['paramwise_cfg'] if constructor.startswith('SSN') else {}
+        settings['optim_wrapper'] = wrapper | dict(
+            constructor=constructor, paramwise_cfg=dict(rules)
+        )
+        runs.append(
+            make_runner(param_scheduler=[dict(s) for s in schedulers], **copy.deepcopy(settings))
+        )
+        runs[-1].register_hook(rates := Rates())
+        runs[-1].train()
+        seen.append(rates.seen)
+    assert len(seen[0]) == 12
+    for ours, theirs in zip(*seen, strict=True):
+        (other,) = {round(rate, 12) for rate in ours[False]}
+        (control,) = {round(rate, 12) for rate in ours[True]}
+        assert control == pytest.approx(other / 10, rel=1e-6)
+        assert other == pytest.approx(next(iter(theirs[False])), rel=1e-6)  # and theirs is theirs
+    # A resumed run goes on with it.
+    settings['optim_wrapper'] = wrapper
+    resumed = make_runner(
+        param_scheduler=[dict(s) for s in schedulers],
+        load_from=f'{runs[0].work_dir}/iter_7.pth',
+        resume=True,
+        **settings,
+    )
+    resumed.register_hook(rates := Rates())
+    resumed.train()
+    for ours, theirs in zip(rates.seen, seen[0][7:], strict=True):
+        assert ours == theirs
+
+
+def test_a_plateau_keeps_the_ratio():
+    model = two_norms()
+    wrapper = build(model, **SGD)
+    scheduler = ReduceOnPlateauLR(wrapper, monitor='loss', factor=0.01, patience=0, min_value=0.004)
+    for _ in range(2):  # a resumed run does it once more
+        keep_ratios(wrapper, [scheduler])
+    for _ in range(8):
+        scheduler.step(dict(loss=1.0))
+    rates = {
+        any(group['params'][0] is p for p in control_of(model)): group['lr']
+        for group in wrapper.optimizer.param_groups
+    }
+    assert rates == pytest.approx({False: 0.004, True: 0.0004})
 
 
 # ---------------------------------------------------------------- a whole run
