@@ -4,9 +4,10 @@ import importlib
 import importlib.util
 import logging
 
+import torch
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
-from torch import nn
+from torch import Tensor, nn
 
 from ssn_plugin.layers.switchable import SwitchableNorm
 from ssn_plugin.models.pretrained import (
@@ -18,6 +19,20 @@ from ssn_plugin.models.pretrained import (
 
 # Each has a module FRAMEWORK_resnet here.
 _FRAMEWORKS = ('mmdet', 'mmseg', 'mmpretrain', 'mmpose')
+
+
+class _StemPool(nn.MaxPool2d):
+    """A pool of 3 x 3 by steps of 2 that every version of torch can write to ONNX.
+
+    Where it rounds up, torch 2.1 fails for sizes that are not fixed. One more row and column, which
+    no maximum takes, and rounding down are the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ceil_mode and torch.onnx.is_in_onnx_export():
+            padded = nn.functional.pad(x, (0, 1, 0, 1), value=-float('inf'))
+            return nn.functional.max_pool2d(padded, self.kernel_size, self.stride)
+        return super().forward(x)
 
 
 class SSNResNetMixin:
@@ -51,7 +66,7 @@ class SSNResNetMixin:
         norm_cfg = dict(type='SSN', requires_grad=True) if norm_cfg is None else norm_cfg
         super().__init__(*args, norm_cfg=norm_cfg, **kwargs)
         self.stem_padding = stem_padding
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=stem_padding, ceil_mode=stem_padding == 0)
+        self.maxpool = _StemPool(3, stride=2, padding=stem_padding, ceil_mode=stem_padding == 0)
 
     def init_weights(self) -> None:
         """As the framework's, after every key of a pretrained checkpoint has been accounted for."""
