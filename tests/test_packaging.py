@@ -165,6 +165,8 @@ def test_extras_are_what_the_requirement_files_list(metadata):
         'seg',
         'original',
         'triton',
+        'lightning',
+        'accelerate',
         'deploy',
         'demo',
         'docs',

@@ -57,7 +57,7 @@ def in_lines(text: str, width: int) -> str:
     Example:
         >>> from ssn_plugin.analysis.figures import in_lines
         >>> in_lines('work_dirs/mask-rcnn_r18_fpn', 10).split()
-        ['work_dirs/', 'mask-', 'rcnn_r18_', 'fpn']
+        ['work_dirs/', 'mask-rcnn_', 'r18_fpn']
     """
     lines = ['']
     for piece in re.findall(r'[^\s/_.:-]*[\s/_.:-]?', text):
