@@ -1,10 +1,12 @@
 """SSNCheckpointHook does what mmengine's does; tests/test_interruption.py has what it adds."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.fileio import get_file_backend
+from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.registry import METRICS
 
 from ssn_plugin.engine.hooks.checkpoint_hook import SSNCheckpointHook
@@ -150,3 +152,117 @@ def test_backend_for_text_and_folders(tmp_path):
     assert backend.isfile(tmp_path / 'a/b/note')
     backend.remove(tmp_path / 'a/b/note')
     assert not backend.exists(tmp_path / 'a/b/note')
+
+
+def opens_no_folder(monkeypatch) -> None:
+    """As Windows does."""
+    original = os.open
+
+    def refuse(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, 'open', refuse)
+
+
+@pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
+def test_where_no_folder_can_be_opened(make_runner, monkeypatch, by_epoch):
+    opens_no_folder(monkeypatch)
+    hook = dict(type='SSNCheckpointHook', by_epoch=by_epoch, interval=1, max_keep_ckpts=1)
+    hook |= dict(save_best='size', rule='greater')
+    runner = make_runner(by_epoch, validate=True, default_hooks=dict(checkpoint=hook))
+    runner.train()
+    last = Path(runner.work_dir, 'last_checkpoint').read_text()
+    assert torch.load(last, weights_only=False)['meta']['iter'] == 12
+    assert len(list(Path(runner.work_dir).glob('best*.pth'))) == 1
+    assert not list(Path(runner.work_dir).glob('*incomplete*'))
+
+
+def test_every_checkpoint_is_brought_to_the_disk(make_runner, monkeypatch):
+    """Before it gets its name, and its name after that."""
+    happened = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os,
+        'fsync',
+        lambda handle: happened.append(os.readlink(f'/proc/self/fd/{handle}')) or fsync(handle),
+    )
+    monkeypatch.setattr(
+        os, 'replace', lambda old, new: happened.append((str(old), str(new))) or replace(old, new)
+    )
+    hook = dict(type='SSNCheckpointHook', by_epoch=False, interval=6)
+    runner = make_runner(default_hooks=dict(checkpoint=hook))
+    runner.train()
+    folder = str(Path(runner.work_dir))
+    for name in ('iter_6.pth', 'iter_12.pth', 'last_checkpoint'):
+        (at, *_) = (i for i, h in enumerate(happened) if h[1] == f'{folder}/{name}')
+        written, (temporary, _), parent = happened[at - 1 : at + 2]
+        assert written == temporary
+        assert parent == folder
+
+
+class Falling:
+    """A score that rises by epochs of one name."""
+
+    dataset_meta = None
+    prefix = None
+
+    def __init__(self):
+        self.score = 0
+
+    def process(self, data_batch, data_samples):
+        pass
+
+    def evaluate(self, size):
+        self.score += 1
+        return dict(size=self.score)
+
+
+@pytest.mark.parametrize('kept', [-1, 1])
+def test_a_best_checkpoint_whose_name_repeats(make_runner, kept):
+    """By a name without a number, as for a scheduler that wants one: it replaces itself."""
+    METRICS.register_module(module=Falling, force=True)
+    hook = dict(type='SSNCheckpointHook', by_epoch=True, interval=3, max_keep_ckpts=kept)
+    hook |= dict(save_best='size', rule='greater', filename_tmpl='model.pth')
+    runner = make_runner(
+        True,
+        validate=True,
+        val_evaluator=dict(type='Falling'),
+        default_hooks=dict(checkpoint=hook),
+    )
+    runner.train()
+    METRICS.module_dict.pop('Falling')
+    best = Path(runner.work_dir, 'best_size_model.pth')
+    assert best.is_file()
+    assert torch.load(best, weights_only=False)['meta']['epoch'] == 3
+    assert runner.message_hub.get_info('best_ckpt') == str(best)
+
+
+@pytest.mark.parametrize('settings', [dict(interval=2, max_keep_ckpts=1)])
+def test_what_cannot_be_removed_is_said_and_stays(make_runner, monkeypatch, settings):
+    runner = make_runner(
+        default_hooks=dict(checkpoint=dict(type='SSNCheckpointHook', by_epoch=False, **settings))
+    )
+
+    def refuse(self, path):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+    monkeypatch.setattr(LocalBackend, 'remove', refuse)
+    runner.train()
+    assert runner.iter == 12
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert 'iter_2.pth: cannot be removed: Permission denied' in log
+    assert Path(runner.work_dir, 'last_checkpoint').read_text().endswith('iter_12.pth')
+
+
+def test_a_published_file_that_cannot_be_written(make_runner, monkeypatch):
+    hook = dict(type='SSNCheckpointHook', by_epoch=False, interval=6, published_keys=['state_dict'])
+    runner = make_runner(default_hooks=dict(checkpoint=hook))
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr('mmengine.runner.save_checkpoint', refuse)
+    with pytest.raises(CheckpointError, match=r'No space left on device; resume from .*iter_12'):
+        runner.train()

@@ -3,17 +3,20 @@
 import contextlib
 import copy
 import math
+import random
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import precise_stats_ranks
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper
-from mmengine.registry import DATASETS, OPTIM_WRAPPERS
+from mmengine.model import BaseDataPreprocessor, BaseModel, ExponentialMovingAverage
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from processes import run_processes
 from torch import nn
@@ -21,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from demo_data import make_demo_dataset
-from ssn_plugin import SN, SSN, set_radius
+from ssn_plugin import SN, SSN, SelectedNorm, set_radius
 from ssn_plugin.engine.hooks.precise_stats_hook import (
     PreciseStatsHook,
     _full_batches,
@@ -489,3 +492,278 @@ def test_a_detector_is_validated_with_averages(make_runner, tmp_path):
         assert len(found) > 0
         torch.testing.assert_close(found, with_them, rtol=1e-4, atol=1e-5)
         assert len(without) != len(found) or (without - found).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------- what training must not notice
+
+
+class Moving(BaseModel):
+    """Whose forward pass changes all that is not a weight: buffers, Python state, parts, input."""
+
+    def __init__(self):
+        super().__init__(data_preprocessor=dict(type='Resizing'))
+        self.net = MODELS.build(dict(type='ToyNet'))
+        self.register_buffer('bases', torch.zeros(2))
+        self.key = ExponentialMovingAverage(self.net.head, momentum=0.5)
+        self.threshold, self.history = 0.5, []
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        if self.training:
+            self.bases = 0.9 * self.bases + inputs.mean((0, 2, 3))  # another tensor, as in EMAHead
+            self.threshold *= 1.1  # as in Dynamic R-CNN
+            self.history.append(float(inputs.mean()))
+            self.last = self.net.head.weight * 2  # with a graph, which torch refuses to copy
+            self.key.update_parameters(self.net.head)
+        return self.net(inputs, data_samples, mode)
+
+
+class Resizing(BaseDataPreprocessor):
+    """As mmdet's BatchSyncRandomResize: counts, and its next size depends on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 8
+
+    def forward(self, data, training=False):
+        data = super().forward(data, training)
+        if training:
+            self.size = 6 + (self.size + 1) % 4
+            data['inputs'] = data['inputs'][..., : self.size, : self.size]
+        return data
+
+
+@pytest.fixture
+def _moving():
+    for model in (Moving, Resizing):
+        MODELS.register_module(module=model, force=True)
+    yield
+    for model in (Moving, Resizing):
+        MODELS.module_dict.pop(model.__name__)
+
+
+@pytest.mark.usefixtures('_moving')
+@pytest.mark.parametrize('by_epoch', [False, True], ids=['iter', 'epoch'])
+def test_nothing_of_a_model_or_its_preprocessor_moves(make_runner, by_epoch):
+    settings = dict(validate=True, model=dict(type='Moving'))
+    if not by_epoch:
+        settings['train_cfg'] = dict(by_epoch=False, max_iters=12, val_interval=4)
+    runs = []
+    for hooks in ([RADIUS], [RADIUS, PRECISE]):
+        runs.append(make_runner(by_epoch, hooks=hooks, **copy.deepcopy(settings)))
+        runs[-1].train()
+    plain, ours = (runner.model for runner in runs)
+    for (name, value), expected in zip(
+        ours.state_dict().items(), plain.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, expected) == ('running' not in name), name
+    assert (ours.threshold, ours.history) == (plain.threshold, plain.history)
+    assert ours.data_preprocessor.size == plain.data_preprocessor.size
+    log = next(Path(runs[1].work_dir).glob('*/*.log')).read_text()
+    assert log.count('PreciseStatsHook: 2 layers, 3 batches') == 3
+    assert 'cannot be copied' not in log
+
+
+def test_a_buffer_that_is_replaced_by_another():
+    class Bases(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = SSN(2)
+            self.register_buffer('bases', torch.zeros(2))
+
+        def forward(self, x):
+            self.bases = 0.9 * self.bases + x.mean((0, 2, 3))
+            return self.norm(x)
+
+    model = Bases()
+    buffer = model.bases
+    replace_statistics(model, model, BATCHES)
+    assert model.bases is buffer
+    assert not buffer.any()
+    check_statistics(model, brute_force(model, BATCHES), ['norm'])
+
+
+def test_a_model_that_cannot_be_copied_is_said(make_runner):
+    class Uncopied:
+        def __deepcopy__(self, memo):
+            raise RuntimeError('no\ncopy')
+
+    runner = make_runner(True, hooks=[RADIUS, PRECISE], validate=True)
+    runner.model.handle = Uncopied()
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert log.count('the model cannot be copied (RuntimeError: no copy)') == 1
+    assert log.count('PreciseStatsHook: 2 layers, 3 batches') == 3
+
+
+def test_a_teacher_in_evaluation_mode_keeps_its_statistics():
+    """SoftTeacher's predicts within the forward pass of training."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = SSN(2), SSN(2)
+            self.teacher.running_mean.fill_(3)
+
+        def forward(self, x):
+            self.teacher.eval()
+            self.seen = self.teacher(x)
+            return self.student(x)
+
+    model = Pair()
+    set_radius(model, 1.0)
+    expected = copy.deepcopy(model.teacher).eval()(BATCHES[-1])
+    replaced, unused = replace_statistics(model, model, BATCHES)
+    assert unused == []
+    assert len(replaced) == 2
+    assert torch.equal(model.seen, expected)
+    assert torch.equal(model.teacher.running_mean, torch.full((2,), 3.0))
+    assert not torch.equal(model.student.running_mean, torch.zeros(2))
+
+
+def test_selected_norm_takes_part():
+    model = nn.Sequential(SelectedNorm(2, 'LN', 'BN'), SelectedNorm(2, 'LN', 'IN'))
+    assert len(replace_statistics(model, model, BATCHES)[0]) == 2
+    rows = [x.double().transpose(0, 1).flatten(1) for x in BATCHES]
+    var = torch.stack([r.var(1) for r in rows]).mean(0)
+    torch.testing.assert_close(model[0].running_var, var.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_of_the_data_set(make_runner):
+    loader = dict(
+        dataset=dict(type='ToyImages'),
+        batch_size=3,
+        num_batch_per_epoch=2,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        collate_fn=dict(type='default_collate'),
+    )
+    runner = make_runner(
+        True,
+        hooks=[dict(type='SSNResumeHook'), RADIUS, PRECISE],
+        train_dataloader=loader,
+        validate=True,
+    )
+    runner.train()
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert log.count('PreciseStatsHook: 2 layers, 2 batches') == 3
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(force=True)
+class Two:
+    """An optimizer for the norms, and one for the rest."""
+
+    def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
+        pass
+
+    def __call__(self, model):
+        norms = [p for n, p in model.named_parameters() if 'norm' in n]
+        rest = [p for n, p in model.named_parameters() if 'norm' not in n]
+        wrappers = {
+            name: OptimWrapper(torch.optim.SGD(parameters, lr=0.05))
+            for name, parameters in (('norms', norms), ('rest', rest))
+        }
+        return OptimWrapperDict(**wrappers)
+
+
+class StepsOfTwo(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.net = MODELS.build(dict(type='ToyNet'))
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return self.net(inputs, data_samples, mode)
+
+    def train_step(self, data, optim_wrapper):
+        data = self.data_preprocessor(data, True)
+        loss = self(**data, mode='loss')['loss']
+        for wrapper in optim_wrapper.values():
+            wrapper.zero_grad()
+        loss.backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+        return dict(loss=loss.detach())
+
+
+def test_several_optimizers(make_runner):
+    MODELS.register_module(module=StepsOfTwo, force=True)
+    runner = make_runner(
+        True,
+        hooks=[RADIUS, PRECISE],
+        validate=True,
+        model=dict(type='StepsOfTwo'),
+        optim_wrapper=dict(constructor='Two'),
+    )
+    runner.train()
+    MODELS.module_dict.pop('StepsOfTwo')
+    assert runner.model.net.norm1.running_mean.abs().max() > 0
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert log.count('PreciseStatsHook: 2 layers, 3 batches') == 3
+
+
+def test_other_batches_and_other_noise_every_time():
+    dataset = Disturbed(DATASETS.build(dict(type='ToyImages')))
+    loader = DataLoader(dataset, 3, sampler=InfiniteSampler(dataset, seed=0))
+
+    def images(iteration):
+        ours = _loader_like(loader, 0, iteration)
+        return torch.cat([batch['inputs'] for batch in ours])
+
+    first, again, other = images(4), images(4), images(8)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len({tuple(row) for row in torch.cat((first, other)).flatten(1).tolist()}) == 24
+    # In another order, too.
+    samples = [torch.cat([b['data_samples'] for b in _loader_like(loader, 0, i)]) for i in (4, 8)]
+    assert not torch.equal(*samples)
+
+
+@pytest.mark.parametrize('ema', [None, EMA], ids=['plain', 'ema'])
+def test_a_run_is_resumed_with_the_statistics_of_training(make_runner, ema):
+    """mmengine writes the last checkpoint again when a validation has found a new best one."""
+    hooks = [dict(type='SSNResumeHook'), RADIUS, *([] if ema is None else [ema])]
+    checkpoint = dict(type='SSNCheckpointHook', interval=1, save_best='size', rule='greater')
+    settings = dict(validate=True, default_hooks=dict(checkpoint=checkpoint))
+    states = []
+    for more in ([], [PRECISE]):
+        runner = make_runner(True, hooks=[*hooks, *more], **copy.deepcopy(settings))
+        runner.train()
+        states.append(torch.load(f'{runner.work_dir}/epoch_1.pth', weights_only=False))
+    names = ['state_dict', *([] if ema is None else ['ema_state_dict'])]
+    for name in names:
+        for key, value in states[0][name].items():
+            assert torch.equal(value, states[1][name][key]), key
+
+
+def test_generators_of_the_training_are_left_alone(make_runner):
+    """Python's, numpy's and torch's, by a validation and by what follows the last iteration."""
+
+    class Note(Hook):
+        def __init__(self, priority):
+            self.priority, self.before, self.after = priority, [], []
+
+        def state(self):
+            return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+
+        def before_val(self, runner):
+            self.before.append(self.state())
+
+        def before_val_epoch(self, runner):
+            self.after.append(self.state())
+
+    runner = make_runner(True, hooks=[RADIUS, PRECISE], validate=True)
+    runner.register_hook(note := Note('LOWEST'))
+    runner.train()
+    assert len(note.after) == 3
+    for before, after in zip(note.before, note.after, strict=True):
+        assert before[:2] == after[:2]
+        assert torch.equal(before[2], after[2])
+
+
+def test_a_compiled_model_is_copied(make_runner):
+    runner = make_runner(True, hooks=[RADIUS, PRECISE], validate=True)
+    runner.model.forward = torch.compile(runner.model.forward, backend='eager')
+    runner.train()
+    plain = make_runner(True, hooks=[RADIUS, PRECISE], validate=True)
+    plain.train()
+    for name, value in plain.model.state_dict().items():
+        # compiled, it may add in another order
+        torch.testing.assert_close(runner.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,8 @@
 """SSNRatioHook: what reaches log, message hub, TensorBoard, history and report, and when."""
 
+import errno
 import io
+import logging
 import os
 import re
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
+from mmengine.visualization import LocalVisBackend
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -433,3 +436,112 @@ def test_a_report_that_fails_is_one_warning(make_runner):
     assert 'Traceback' not in log
     assert sorted(os.listdir(Path(runner.work_dir) / 'report.html')) == []
     assert not list(Path(runner.work_dir).glob('.report*'))
+
+
+# ---------------------------------------------------------------- several runs, full disks
+
+
+def log_of(runner) -> str:
+    return next(Path(runner.work_dir).glob('*/*.log')).read_text()
+
+
+def test_two_runs_in_one_folder(make_runner, tmp_path):
+    folder = str(tmp_path / 'shared')
+    hooks = (dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=4, report=False))
+    first = make_runner(hooks=hooks, work_dir=folder)
+    first.train()
+    second = make_runner(hooks=hooks, work_dir=folder, train_cfg=dict(by_epoch=False, max_iters=8))
+    second.train()
+    history = read_history(Path(folder))
+    assert len(history.runs) == 2
+    assert [line['iter'] for line in history.lines] == [4, 8]
+    earlier = read_history(Path(folder), history.runs[0])
+    assert [line['iter'] for line in earlier.lines] == [4, 8, 12]
+    assert earlier.about['max_iters'] == 12
+    logs = [path.read_text() for path in Path(folder).glob('*/*.log')]
+    assert sum(text.count('has 1 other runs') for text in logs) == 1
+    # The first is resumed: it goes on with its own lines, and those of the second stay.
+    resumed = make_runner(
+        hooks=hooks, work_dir=folder, load_from=f'{folder}/iter_8.pth', resume=True
+    )
+    # iter_8.pth is of the second run, which has 12 iterations now
+    resumed.train()
+    history = read_history(Path(folder))
+    assert [line['iter'] for line in history.lines] == [4, 8, 12]
+    assert read_history(Path(folder), history.runs[0]).lines == earlier.lines
+
+
+def test_two_runs_at_once_are_told_apart(make_runner, tmp_path):
+    """Each appends to the file that the other has begun anew."""
+    folder = str(tmp_path / 'shared')
+
+    class Meanwhile(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            if runner.iter == 5:
+                other = make_runner(hooks=hooks, work_dir=folder)
+                other.train()
+
+    hooks = (dict(type='SSNRadiusHook'), dict(type='SSNRatioHook', interval=4, report=False))
+    runner = make_runner(hooks=hooks, work_dir=folder)
+    runner.register_hook(Meanwhile())
+    runner.train()
+    runs = read_history(Path(folder)).runs
+    assert len(runs) == 2
+    for run in runs:
+        history = read_history(Path(folder), run)
+        assert [line['iter'] for line in history.lines] == [4, 8, 12]
+
+
+def test_a_full_disk_between_checkpoints(make_runner, monkeypatch):
+    """LoggerHook writes by the same visualizer as SSNRatioHook; both go on without it."""
+    runner = make_runner(
+        hooks=HOOKS,
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+    )
+    calls = []
+
+    def full(self, *args, **kwargs):
+        calls.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LocalVisBackend, '_dump', full)
+    runner.train()
+    assert runner.iter == 12
+    assert len(calls) >= 12
+    assert log_of(runner).count('the visualizer cannot write') == 1
+    assert 'No space left on device' in log_of(runner)
+
+
+def test_other_errors_of_a_visualizer_are_errors(make_runner, monkeypatch):
+    runner = make_runner(
+        hooks=HOOKS,
+        visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]),
+    )
+
+    def wrong(self, *args, **kwargs):
+        raise ValueError('wrong')
+
+    monkeypatch.setattr(LocalVisBackend, '_dump', wrong)
+    with pytest.raises(ValueError, match='wrong'):
+        runner.train()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(make_runner, capsys):
+    runner = make_runner(hooks=HOOKS)
+
+    class Full(Hook):
+        priority = 'VERY_LOW'
+
+        def before_train(self, runner):
+            (handler,) = (h for h in runner.logger.handlers if isinstance(h, logging.FileHandler))
+            stream = open('/dev/full', 'w')  # noqa: SIM115
+            handler.setStream(stream)
+
+    if not Path('/dev/full').exists():
+        pytest.skip('no /dev/full')
+    runner.register_hook(Full())
+    runner.train()
+    told = capsys.readouterr().err
+    assert runner.iter == 12
+    assert told.count('.log: cannot be written: No space left on device') == 1
+    assert 'Traceback' not in told
