@@ -146,7 +146,7 @@ def test_a_3d_file_with_batch_norm_fills_every_norm(tmp_path):
     for parameter in source.parameters():
         nn.init.normal_(parameter)
     torch.save(source.state_dict(), tmp_path / 'bn.pth')
-    address = f'bn2ssn://{tmp_path / "bn.pth"}'
+    address = f'named_bn://bn2ssn://{tmp_path / "bn.pth"}'
     model = build('ResNet3d', base_channels=8, pretrained=address)
     model.init_weights()
     norms = [module for module in source.modules() if isinstance(module, nn.BatchNorm3d)]
