@@ -70,7 +70,7 @@ CASES = [
     Case('all are empty', ((0, 5, 4), (0, 5, 4), (0, 5, 4))),
     Case('one element', ((1, 1, 1), (0, 1, 1), (0, 1, 1))),
     Case('one position', ((1, 1, 1), (1, 1, 1), (3, 1, 1))),
-    Case('vectors', ((4,), (3,), (1,))),
+    Case('vectors', ((4,), (3,), (1,)), dict(normalizers=('LN', 'BN', 'GN'))),
     Case('volumes', ((1, 3, 2, 4), (2, 3, 2, 4), (1, 3, 2, 4))),
     Case('correction', settings=dict(correction=1)),
     Case('correction, unequal sizes', ((2, 5, 4), (3, 7, 3), (1, 1, 1)), dict(correction=1)),
