@@ -86,8 +86,9 @@ def test_tracing_what_was_not_collapsed(kind, correction, layer):
             torch.testing.assert_close(run(x), held(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('opset', [11, 17])
 @pytest.mark.parametrize('kind', KINDS)
-def test_the_torchscript_exporter_takes_what_was_not_collapsed(kind, tmp_path):
+def test_the_torchscript_exporter_takes_what_was_not_collapsed(kind, opset, tmp_path):
     pytest.importorskip('onnx')
     runtime = pytest.importorskip('onnxruntime')
     model = nn.Sequential(nn.Conv2d(3, 6, 3), network(kind, 0), nn.ReLU()).eval()
@@ -95,7 +96,7 @@ def test_the_torchscript_exporter_takes_what_was_not_collapsed(kind, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.onnx.export(
-            model, (torch.randn(2, 3, 20, 24),), path, opset_version=17, dynamo=False,
+            model, (torch.randn(2, 3, 20, 24),), path, opset_version=opset, dynamo=False,
             input_names=['x'], output_names=['y'], dynamic_axes={'x': {0: 'n', 2: 'h', 3: 'w'}},
         )  # fmt: skip
     session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])

@@ -116,7 +116,9 @@ def _pooled(moments: Moments, normalizer: str, settings: Settings) -> Moments:
     if normalizer == 'IN':
         return moments
     if normalizer == 'GN':
-        grouped = [value.unflatten(1, (settings.num_groups, -1)) for value in moments]
+        # Not by unflatten: it needs ONNX opset 13, and mmdeploy's default is 11.
+        shape = (moments.mean.shape[0], settings.num_groups, -1)
+        grouped = [value.reshape(shape) for value in moments]
         size = moments.mean.shape[1] // settings.num_groups
         return Moments(
             *(value.expand(-1, -1, size).flatten(1) for value in _total(Moments(*grouped), 2))
