@@ -13,11 +13,13 @@ from mmengine.optim import (
     ReduceOnPlateauLR,
     build_optim_wrapper,
 )
+from since import since
 from torch import nn
 
 from ssn_plugin import SN, SSN, SelectedNorm, set_radius
 from ssn_plugin.engine.learning_rates import keep_ratios
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
+from ssn_plugin.torch_versions import VERSION
 
 try:
     from mmcv.ops import ModulatedDeformConv2dPack as Deformable
@@ -484,6 +486,8 @@ def amp_on_cpu(monkeypatch):
     """mmengine's AmpOptimWrapper asks for a GPU; its logic needs none."""
     import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
 
+    if VERSION < (2, 3):
+        pytest.skip('GradScaler of the CPU: torch 2.3 or newer')
     monkeypatch.setattr(amp, 'is_cuda_available', lambda: True)
     monkeypatch.setattr(amp, 'GradScaler', partial(torch.amp.GradScaler, device='cpu'))
     return dict(type='AmpOptimWrapper', loss_scale=1024.0)
@@ -521,6 +525,7 @@ def test_overflow_still_skips_the_step(amp_on_cpu):
     assert all((u == 0).all() for u in update_of(model, before).values())
 
 
+@since(2, 4, 'GradScaler and fused optimizers of the CPU')
 @pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('norm', [0.3, 7.0])
 def test_clip_with_a_grad_scaler(fused, norm):

@@ -11,6 +11,7 @@ import torch
 from decided_models import decided_model, demo_config, small_segmentor
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from since import EXPORT
 from tool_runs import run_here
 
 from ssn_plugin import SSN
@@ -19,6 +20,7 @@ from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.export import export_onnx
 
 pytest.importorskip('onnxscript')
+pytestmark = EXPORT
 
 
 @pytest.fixture(autouse=True)
