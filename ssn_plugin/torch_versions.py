@@ -7,7 +7,7 @@ import codecs
 import pickle
 from _compat_pickle import IMPORT_MAPPING
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import BinaryIO
@@ -94,3 +94,14 @@ def _strict_unpickler(objects: Mapping[str, object]) -> Iterator[None]:
         yield
     finally:
         torch.serialization._weights_only_unpickler = before
+
+
+# ---- torch 2.13
+
+
+def beside_the_graph(function: Callable) -> Callable:
+    """Keep a function out of what ``torch.compile`` compiles, where that would be wrong.
+
+    2.11 compiles the backward pass of a layer into zero gradients; 2.12 was not tried.
+    """
+    return torch.compiler.disable(function) if (2, 11) <= VERSION < (2, 13) else function

@@ -13,7 +13,7 @@ def since(major: int, minor: int, what: str) -> pytest.MarkDecorator:
     )
 
 
-ONE_GRAPH = since(2, 4, 'torch.compile of the layers into one graph')
+ONE_GRAPH = since(2, 13, 'torch.compile of the layers into one graph')
 EXPORT = since(2, 6, 'torch.export for every size')
 AUTOCAST_DTYPES = (
     pytest.param(

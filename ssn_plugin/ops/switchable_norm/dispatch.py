@@ -40,7 +40,7 @@ from ssn_plugin.ops.switchable_norm.statistics import (
     Settings,
     takes_part,
 )
-from ssn_plugin.torch_versions import HAS_CUSTOM_OPS, is_compiling
+from ssn_plugin.torch_versions import HAS_CUSTOM_OPS, beside_the_graph, is_compiling
 
 _BACKEND = os.environ.get('SSN_BACKEND', '')
 if _BACKEND not in ('', 'eager', 'triton'):
@@ -90,6 +90,7 @@ class Call(NamedTuple):
     group: ProcessGroup | None
 
 
+@beside_the_graph
 def switchable_norm(
     x: Tensor,
     control: Control,

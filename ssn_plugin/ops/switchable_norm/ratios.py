@@ -115,7 +115,8 @@ class Ratios(NamedTuple):
         if self.values is not None:
             return self
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return self._replace(values=ratios.to(dtype).unbind())
+        # Not _replace: torch 2.4 cannot compile that.
+        return Ratios(ratios.to(dtype).unbind(), *self[1:])
 
 
 def unread_ratios(ratios: Tensor, on_simplex: bool) -> Ratios:
