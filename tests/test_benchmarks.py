@@ -2,6 +2,8 @@
 
 import csv
 import importlib
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -236,3 +238,27 @@ def test_tables_of_the_readme_are_those_of_the_results(benchmark):
     text = tables.README.read_text()
     assert tables.with_tables(text) == text
     assert tables.tables().count('| geometric mean |') >= 1
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_dry(tmp_path):
+    # Where there is no GPU: all of its parts on tiny inputs, the kernels interpreted.
+    pytest.importorskip('triton')
+    if torch.cuda.is_available():
+        pytest.skip('a GPU is there: it would be measured')
+    result = subprocess.run(
+        ['bash', FOLDER / 'run_gpu.sh', tmp_path / 'out'],
+        env={**os.environ, 'PYTHON': sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert 'smoke: every layer is right' in result.stdout
+    assert 'step: not measured' in result.stdout
+    *_, last = result.stdout.strip().splitlines()
+    assert str(tmp_path / 'out') in last
+    with open(tmp_path / 'out' / 'layers.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert {'BatchNorm2d', 'SSN undecided'} <= {row['layer'] for row in rows}
+    assert all(float(row['device_us']) > 0 for row in rows)
