@@ -293,7 +293,16 @@ def forward(
         _track(batch, rows, mixed, settings, x)
     constant = group is None and given is not None
     kept = _kept(x, rows, mixed, mean_ratios, var_ratios, constant, settings)
-    return y.to(x.dtype), kept, joined
+    return in_dtype_of(x, y), kept, joined
+
+
+def in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the dtype of ``x``, itself where that is its own.
+
+    In a compiled graph torch 2.11 gives zero gradients for an autograd function that returns the
+    result of a conversion which converts nothing.
+    """
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _unscaled(factor: Tensor, rows: Rows) -> Tensor:

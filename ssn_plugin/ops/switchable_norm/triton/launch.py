@@ -37,6 +37,7 @@ _TILE = 2048  # elements of x that a program holds at once
 # half a tile, as wide addresses of rows that are not aligned fill the registers.
 _SHORT = 256
 _SHORT_WARPS = 2
+_ROWS = 128  # of a tile, at most
 _CHANNELS = 64  # of a tile in channels_last, and the least there
 _FEW_CHANNELS = 16
 _PROGRAMS = 1024  # fill a large chip
@@ -172,6 +173,7 @@ def _row_tile(num: int, channels: int, length: int) -> tuple[int, int]:
     )
     # Fewer rows where there would be too few programs, down to a quarter of a tile.
     rows = max((_TILE // 2 if positions <= _SHORT else _TILE) // positions, 1)
+    rows = min(rows, _ROWS)
     while rows > 1 and 4 * rows * positions > _TILE and num * channels < rows * _PROGRAMS:
         rows //= 2
     # No rows of two samples if that leaves every lane something to do.
