@@ -202,8 +202,8 @@ def test_every_checkpoint_is_brought_to_the_disk(make_runner, monkeypatch):
         assert parent == folder
 
 
-class Falling:
-    """A score that rises by epochs of one name."""
+class Rising:
+    """A score that rises with every validation."""
 
     dataset_meta = None
     prefix = None
@@ -222,20 +222,21 @@ class Falling:
 @pytest.mark.parametrize('kept', [-1, 1])
 def test_a_best_checkpoint_whose_name_repeats(make_runner, kept):
     """By a name without a number, as for a scheduler that wants one: it replaces itself."""
-    METRICS.register_module(module=Falling, force=True)
+    METRICS.register_module(module=Rising, force=True)
     hook = dict(type='SSNCheckpointHook', by_epoch=True, interval=3, max_keep_ckpts=kept)
     hook |= dict(save_best='size', rule='greater', filename_tmpl='model.pth')
     runner = make_runner(
         True,
         validate=True,
-        val_evaluator=dict(type='Falling'),
+        val_evaluator=dict(type='Rising'),
         default_hooks=dict(checkpoint=hook),
+        train_cfg=dict(by_epoch=True, max_epochs=2),  # a third would write it anew
     )
     runner.train()
-    METRICS.module_dict.pop('Falling')
+    METRICS.module_dict.pop('Rising')
     best = Path(runner.work_dir, 'best_size_model.pth')
     assert best.is_file()
-    assert torch.load(best, weights_only=False)['meta']['epoch'] == 3
+    assert torch.load(best, weights_only=False)['meta']['epoch'] == 2
     assert runner.message_hub.get_info('best_ckpt') == str(best)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -218,3 +219,29 @@ def test_a_sampler_with_a_seed_of_its_own_keeps_it(make_runner):
     runner.train()
     assert runner.train_dataloader.sampler.seed == 77
     assert runner.seed != 77
+
+
+def test_every_other_hook_draws_after_it(make_runner):
+    """What a hook of high priority draws is that of the iteration, in a resumed run too."""
+
+    class Drawing(Hook):
+        priority = 'HIGH'
+
+        def __init__(self):
+            self.drawn = {}
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            self.drawn[runner.iter] = draws()
+
+    runs = []
+    for more in ({}, dict(resume=True)):
+        if more:
+            more['load_from'] = f'{runs[0].work_dir}/iter_5.pth'
+        runs.append(make_runner(hooks=[RADIUS, RESUME], **more))
+        runs[-1].register_hook(drawing := Drawing())
+        runs[-1].drawing = drawing
+        draws()  # a resumed process has drawn other numbers by then
+        runs[-1].train()
+    straight, resumed = (run.drawing.drawn for run in runs)
+    assert len(set(straight.values())) == 12
+    assert resumed == {iteration: straight[iteration] for iteration in range(5, 12)}
