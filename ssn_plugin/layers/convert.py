@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ssn_plugin.functional import check_normalizers
+from ssn_plugin.layers.plain_norms import BatchNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.sync_ssn import SyncSSN
 
@@ -126,8 +127,8 @@ def control_of(mean: Tensor, var: Tensor, decided: bool = False) -> dict[str, Te
 
 
 def _is_plain(layer: _BatchNorm) -> bool:
-    own_forward = type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return not own_forward or {'drop', 'act'} <= layer._modules.keys()
+    known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
+    return type(layer).forward in known or {'drop', 'act'} <= layer._modules.keys()
 
 
 def _as_ssn(
