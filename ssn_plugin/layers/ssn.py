@@ -211,7 +211,8 @@ class SSN(SwitchableNorm):
         choices = self._choices()
         if None in choices and is_one_hot_radius(self.radius.item(), len(self.normalizers)):
             # Set by the constructor or by a file; the next set_radius raises the flags.
-            found = [ratios.argmax().item() for ratios in (self.mean_ratios, self.var_ratios)]
+            ratios = self.mean_ratios.tolist(), self.var_ratios.tolist()
+            found = [values.index(1.0) if 1.0 in values else None for values in ratios]  # or NaN
             choices = [k if j is None else j for j, k in zip(choices, found, strict=True)]
         return tuple(None if k is None else self.normalizers[k] for k in choices)
 

@@ -392,8 +392,9 @@ def test_ratios_and_selection_are_readable_at_any_time():
         assert not ratios.requires_grad
     with torch.no_grad():
         layer.mean_weight[1] = 2
-    assert layer.selected == ('LN', None)  # by its control parameters, not frozen yet
-    assert layer.mean_fixed == 0
+    assert layer.selected == (None, None)  # one-hot by its control parameters, not decided yet
+    set_radius(layer, 0.3)
+    assert layer.selected == ('LN', None)
     set_radius(layer, 1.0)
     assert layer.selected == ('LN', 'BN')
 
@@ -433,7 +434,7 @@ def test_print_shows_settings_ratios_and_selection():
     assert 'SN(8, eps=1e-05, momentum=0.1' in repr(SN(8))
 
 
-def test_reset_parameters_unfreezes_and_starts_anew():
+def test_reset_parameters_starts_anew():
     layer = SSN(CHANNELS)
     with torch.no_grad():
         layer.mean_weight[0] = 1
@@ -441,7 +442,7 @@ def test_reset_parameters_unfreezes_and_starts_anew():
     layer(torch.randn(SHAPE))
     set_radius(layer, 1.0)
     layer.reset_parameters()
-    fresh = SSN(CHANNELS, radius=1.0).state_dict()
+    fresh = SSN(CHANNELS).state_dict()
     torch.testing.assert_close(dict(layer.state_dict()), dict(fresh))
     set_radius(layer, 0.2)
     assert layer.selected == (None, None)
