@@ -43,7 +43,8 @@ def convert_batch_norm(
         z_{BN} = r, \qquad z_k = \frac{1 - r}{K - 1} \text{ for the others,}
 
     for mean and variance alike, at radius zero. With r = 1 outputs in evaluation are those of the
-    BatchNorm network, bit for bit. With r = 0.9 they are nearly that, and the layer is free to
+    BatchNorm network, bit for bit. A BatchNorm1d may get (N, C), of which IN has nothing to
+    normalise by, so its SSN goes without that candidate. With r = 0.9 they are nearly that, and the layer is free to
     choose. A BatchNorm whose weight requires no gradient is frozen, would never choose, and becomes
     an SSN that is decided for BN.
 
@@ -138,6 +139,9 @@ def _as_ssn(
         raise ValueError(f'model: got the lazy {name}, expected one run to have given it its shape')
     synced = isinstance(layer, nn.SyncBatchNorm)
     kind = SyncSSN if synced else _OF_RANK.get(type(layer)._check_input_dim, SSN)
+    if kind is SSN1d and len(normalizers) > 2:
+        # It may get (N, C), where IN has one number for its variance.
+        normalizers = [name for name in normalizers if name != 'IN']
     made = kind(
         layer.num_features,
         layer.eps,

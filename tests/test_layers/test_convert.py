@@ -190,3 +190,11 @@ def test_a_second_time_there_is_nothing_left():
     model = convert_batch_norm(network())
     with pytest.raises(ValueError, match='no BatchNorm'):
         convert_batch_norm(model)
+
+
+def test_a_batch_norm_of_vectors_goes_without_in():
+    """Of (N, C) the variance of IN is that of one number."""
+    model = convert_batch_norm(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
+    assert model[1].normalizers == ('LN', 'BN')
+    model(torch.randn(5, 4)).square().mean().backward()
+    assert convert_batch_norm(nn.BatchNorm2d(8)).normalizers == ('IN', 'LN', 'BN')
