@@ -273,7 +273,7 @@ def project_floats(z: list[float], radius: float, precision: float) -> Projectio
     distance = math.hypot(*deviation)
     if distance >= radius:
         ratios = [1 / size + value for value in deviation]
-        if min(ratios) >= 0:
+        if min(ratios) > 0:
             return Projection(_snapped(ratios, precision), list(range(size)), [], 1.0)
     elif distance > 0:
         direction = [value / distance for value in deviation]

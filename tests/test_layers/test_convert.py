@@ -93,7 +93,9 @@ def test_everything_of_a_layer_stays(made_by, kind, affine, tracked, dtype):
     if affine or tracked:
         assert made.mean_weight.dtype == dtype
     assert made.mean_weight.requires_grad
-    assert made.mean_ratios.tolist() == pytest.approx([0.15, 0.15, 0.7], abs=5e-3)
+    others = len(made.normalizers) - 1
+    expected = [0.3 / others] * others + [0.7]
+    assert made.mean_ratios.tolist() == pytest.approx(expected, abs=5e-3)
     assert (int(made.mean_fixed), int(made.var_fixed), float(made.radius)) == (0, 0, 0)
     buffer = io.BytesIO()
     torch.save(made.state_dict(), buffer)  # nothing in it that a file cannot hold
