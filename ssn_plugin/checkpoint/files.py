@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssn_plugin.checkpoint.layout import check_switchable
 from ssn_plugin.checkpoint.unpickling import Ignored, weights_only
 from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.errors import CheckpointError
@@ -76,8 +77,9 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     """
     entry = weights_entry(checkpoint)
     state = checkpoint if entry is None else checkpoint[entry]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(isinstance(k, str) and isinstance(state[k], Tensor) for k in state):
         raise CheckpointError(f'{path}: holds no state dict of weights')
+    check_switchable(state, path)
     weights = OrderedDict((key.removeprefix('module.'), value) for key, value in state.items())
     known = getattr(state, '_metadata', {})
     weights._metadata = {name.removeprefix('module.'): value for name, value in known.items()}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ssn_plugin.errors import CheckpointError
+
 _DEPTHS = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
@@ -60,6 +62,27 @@ def norm_kind(entries: Mapping[str, Tensor]) -> str | None:
         return 'BN'
     alone = entries.keys() == {'weight', 'bias'}
     return 'GN' if alone and all(value.dim() == 1 for value in entries.values()) else None
+
+
+def check_switchable(state: Mapping[str, Tensor], path: str) -> None:
+    """See that every SSN and SN layer of a state dict is whole.
+
+    Raises:
+        CheckpointError: If one lacks something, or has control parameters of different sizes.
+    """
+    for name, entries in places_of(state).items():
+        sizes = [entries[key].numel() for key in ('mean_weight', 'var_weight') if key in entries]
+        fixed = [entries[key].numel() for key in ('mean_fixed', 'var_fixed') if key in entries]
+        radius = entries['radius'].numel() if sizes and 'radius' in entries else 1
+        if sizes and (
+            len(sizes) != 2
+            or sizes[0] != sizes[1]
+            or min(sizes) < 2
+            or fixed not in ([], [1, 1])
+            or radius != 1
+        ):
+            held = ', '.join(f'{key} {list(value.shape)}' for key, value in entries.items())
+            raise CheckpointError(f'{path}: {name or "it"} is no whole SSN or SN layer: {held}')
 
 
 def norm_layers(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -20,10 +20,22 @@ def load_config(path: str, options: dict | None = None) -> Config:
         config = Config.fromfile(path)
         if options:
             config.merge_from_dict(options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # mmengine raises whatever a config's own code or a bad option raises.
         raise InputError(f'config: cannot read {path}: {in_one_line(error)}') from error
+    for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
+        entry = config.get(key)
+        if entry:
+            _check_dict(path, key, entry)
+            if key != 'model':
+                _check_dict(path, f'{key}.dataset', entry.get('dataset'))
     return config
+
+
+def _check_dict(path: str, key: str, entry: object) -> None:
+    if not isinstance(entry, dict):
+        found = 'nothing' if entry is None else f'a {type(entry).__name__}'
+        raise InputError(f'config: {path}: {key}: got {found}, expected a dict')
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -115,6 +115,8 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     """
     refuse_code()
     config = load_config(args.config, args.cfg_options)
+    if not config.get('model'):
+        raise InputError(f'config: {args.config} has no model')
     if args.amp and get_device() == 'cpu':
         raise InputError("--amp: got no GPU, expected one: mmengine's AmpOptimWrapper needs it")
     script = framework_script(config, 'train.py')
@@ -146,6 +148,8 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     """
     refuse_code()
     config = load_config(args.config, args.cfg_options)
+    if not config.get('model'):
+        raise InputError(f'config: {args.config} has no model')
     script = framework_script(config, 'test.py')
     checkpoint = check_checkpoint('checkpoint', args.checkpoint)
     check_checkpoints(config, training=False)

@@ -1,5 +1,6 @@
 """Importance ratios of what a user names: a checkpoint, a work dir, or a config with weights."""
 
+import os
 import re
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def rows_of(source: str, allow_pickle: bool = False) -> list[LayerRatios]:
     elif source.endswith('.py'):
         rows = _of_config(source, None, allow_pickle)
     else:
-        file = _last_checkpoint(Path(source)) if Path(source).is_dir() else source
+        file = _last_checkpoint(Path(source)) if os.path.isdir(source) else source
         rows = _of_checkpoint(file, allow_pickle)
     if not rows:
         raise InputError(f'{source}: has no SSN or SN layers')

@@ -137,12 +137,42 @@ def test_the_release_names_its_model_by_a_string():
 
 
 @pytest.mark.parametrize(
-    'checkpoint', [{}, {'epoch': 1}, {'state_dict': {}}, {'state_dict': {'a': np.ones(2)}}]
+    'checkpoint',
+    [
+        {},
+        {'epoch': 1},
+        {'state_dict': {}},
+        {'state_dict': {'a': np.ones(2)}},
+        {'state_dict': {1: torch.ones(2)}},
+    ],
 )
 def test_no_weights(checkpoint):
     assert (
         message_of(weights_in, checkpoint, 'net.pth') == 'net.pth: holds no state dict of weights'
     )
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(var_weight=None),
+        dict(mean_weight=None),
+        dict(var_fixed=None),
+        dict(mean_weight=torch.ones(2)),
+        dict(mean_weight=torch.ones(0), var_weight=torch.ones(0)),
+        dict(radius=torch.ones(3)),
+        dict(mean_fixed=torch.ones(2)),
+    ],
+)
+def test_layers_that_are_not_whole(changes):
+    layer = dict(
+        mean_weight=torch.ones(3), var_weight=torch.ones(3), radius=torch.zeros(()),
+        mean_fixed=torch.zeros(1), var_fixed=torch.zeros(1),
+    )  # fmt: skip
+    weights_in({f'a.sn1.{key}': value for key, value in layer.items()}, 'net.pth')
+    broken = {key: value for key, value in (layer | changes).items() if value is not None}
+    text = message_of(weights_in, {f'a.sn1.{key}': value for key, value in broken.items()}, 'n.pth')
+    assert text.startswith('n.pth: a.sn1 is no whole SSN or SN layer: ')
 
 
 @pytest.mark.parametrize('size', [0, 1, (1 << 20) - 1, 1 << 20, (1 << 21) + 7])

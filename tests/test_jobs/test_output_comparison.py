@@ -6,7 +6,9 @@ import pytest
 import torch
 from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement, InstanceData
+from torch import nn
 
+from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.output_comparison import Comparison, _match_boxes, compare_outputs
 
 
@@ -89,3 +91,109 @@ def test_boxes_that_have_no_match():
     assert matched(instances(), instances(box)).boxes == 0
     point = (3, 3, 3, 3, 0.9, 1)  # of no area, so it overlaps nothing
     assert matched(instances(point), instances(point)).matched == 0
+
+
+# ---------------------------------------------------------------- of networks that are not so plain
+
+
+class Head(nn.Module):
+    """A head that can do nothing but predict, from proposals."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.scores = nn.Identity()
+        self.shift = shift
+
+    def predict(self, x):
+        return self.scores(x + self.shift)
+
+
+class Proposals(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def predict(self, x):
+        return x.new_ones(self.count)
+
+
+class Detector(BaseModel):
+    """Without outputs of its own: it draws, proposes what it likes, and looks at its proposals."""
+
+    def __init__(self, weight: float = 1.0, shift: float = 0.0, proposed: int = 2) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(1, 1, 1, bias=False)
+        self.neck = nn.Sequential(nn.Identity())
+        self.bbox_head = Head(shift)
+        self.rpn_head = Proposals(proposed)
+        nn.init.constant_(self.backbone.weight, weight)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        if mode == 'tensor':
+            raise NotImplementedError('it only predicts')
+        x = self.neck(self.backbone(inputs)) + torch.rand(1)
+        x = x + self.rpn_head.predict(x).sum()
+        return [BaseDataElement(pred_label=BaseDataElement(data=self.bbox_head.predict(x) > 1))]
+
+
+def compare_detectors(first: Detector, second: Detector) -> Comparison:
+    image = torch.linspace(1, 2, 4).reshape(1, 1, 2, 2)
+    return compare_outputs(first.eval(), second.eval(), [dict(inputs=image, data_samples=None)])
+
+
+def test_parts_are_compared_where_the_network_does_nothing_but_predict():
+    """With the same random numbers and the same proposals; bare convolutions are left out."""
+    pair = Detector(), Detector(proposed=7)
+    before = torch.get_rng_state()
+    same = compare_detectors(*pair)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (same.largest, same.left_out, same.labels) == (0, set(), 4)
+    other = compare_detectors(Detector(), Detector(shift=-0.5))
+    assert 0 < other.largest < 0.5
+    neck = compare_detectors(Detector(), Detector(weight=1.5))
+    assert neck.largest == pytest.approx(0.5)
+    detector = Detector()
+    compare_detectors(detector, detector)
+    assert not any(module._forward_hooks for module in detector.modules())
+    assert 'predict' not in vars(detector.rpn_head)
+
+
+def test_parts_that_cannot_be_paired_are_named():
+    class Other(Detector):
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            found = super().forward(inputs, data_samples, mode)
+            self.neck(inputs)
+            return found
+
+    found = compare_detectors(Detector(), Other())
+    assert found.left_out == {'neck'}
+    assert 'not compared' in str(found)
+
+
+def test_a_network_that_does_not_run_is_one_line():
+    class Broken(Detector):
+        def forward(self, inputs, data_samples=None, mode='tensor'):
+            raise RuntimeError('two\nlines')
+
+    with pytest.raises(InputError, match='does not run on the images: RuntimeError: two') as caught:
+        compare_detectors(Broken(), Broken())
+    assert '\n' not in str(caught.value)
+
+
+def test_masks_are_matched_where_boxes_have_no_area():
+    """As SOLO's, which are all zeros."""
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, :4], masks[1, 4:], masks[2, :, 2:] = True, True, True
+    ours = instances((0, 0, 0, 0, 0.9, 1), (0, 0, 0, 0, 0.8, 1), (0, 0, 0, 0, 0.7, 1))
+    theirs = ours.clone()
+    ours.masks, theirs.masks = masks, masks.flip(0)
+    assert matched(ours, ours).matched == 3
+    assert matched(ours, theirs).matched == 3
+    theirs.masks = torch.zeros_like(masks)
+    assert matched(ours, theirs).matched == 0
+
+
+def test_panoptic_pixels():
+    maps = [BaseDataElement(sem_seg=torch.tensor([[[0, 1], [2, wrong]]])) for wrong in (3, 4)]
+    found = compare(*(Scaled(torch.ones(1), pred_panoptic_seg=each) for each in maps))
+    assert (found.labels, found.equal_labels) == (4, 3)

@@ -50,6 +50,23 @@ def test_config_that_does_not_parse(tmp_path):
     assert str(path) in message_of(load_config, str(path))
 
 
+@pytest.mark.parametrize(
+    ('content', 'said'),
+    [
+        ('import sys\nsys.exit(3)', 'SystemExit: 3'),
+        ('model = [1]', 'model: got a list, expected a dict'),
+        ("model = 'a'", 'model: got a str, expected a dict'),
+        ('train_dataloader = 5', 'train_dataloader: got a int, expected a dict'),
+        ('test_dataloader = dict(batch_size=1)', 'test_dataloader.dataset: got nothing'),
+        ('val_dataloader = dict(dataset=[1])', 'val_dataloader.dataset: got a list'),
+    ],
+)
+def test_entries_that_are_no_dicts(tmp_path, content, said):
+    path = tmp_path / 'a.py'
+    path.write_text(content)
+    assert said in message_of(load_config, str(path))
+
+
 def test_options_are_merged(tmp_path):
     path = tmp_path / 'a.py'
     path.write_text('model = dict(depth=18)')
