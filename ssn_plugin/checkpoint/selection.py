@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ssn_plugin.checkpoint.candidates import Candidates, candidate_names
 from ssn_plugin.checkpoint.layout import norm_layers
 from ssn_plugin.functional import sparsestmax
+from ssn_plugin.ops.sparsestmax import is_one_hot_radius
 
 
 class Selected(NamedTuple):
@@ -94,6 +95,9 @@ def _choice(
     told: Candidates | None,
 ) -> str | None:
     ratios = ratios_in(state, layer, statistic, kind)
-    if kind == 'SN' or 1.0 not in ratios:  # what a softmax rounds to is no choice
+    radius = float(state.get(f'{layer}.radius', 0))
+    decided = kind == 'SSN' and bool(state[f'{layer}.{statistic}_fixed'].any())
+    # What control parameters alone make one-hot is no choice yet, nor what a softmax rounds to.
+    if kind == 'SN' or not (decided or is_one_hot_radius(radius, len(ratios))) or 1.0 not in ratios:
         return None
     return candidate_names(state, layer, len(ratios), told)[ratios.index(1.0)]

@@ -148,7 +148,7 @@ def _folded_parameters(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]
     # Torch's fuse_conv_bn_weights does round, and takes the channels of a transposed convolution
     # with groups for those of another.
     def exact(tensor: Tensor) -> Tensor:
-        return tensor.cpu().double()
+        return (tensor if tensor.is_meta else tensor.cpu()).double()
 
     scale = (exact(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:

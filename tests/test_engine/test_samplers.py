@@ -2,7 +2,6 @@
 
 import random
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -18,7 +17,9 @@ RESUME = dict(type='SSNResumeHook')
 class NoisyImages(Dataset):
     """The toy images with noise of all three generators, and what samplers ask data for."""
 
-    metainfo = MappingProxyType(dict(classes=('even', 'odd')))
+    @property
+    def metainfo(self):
+        return dict(classes=('even', 'odd'))
 
     def __init__(self):
         self.images = DATASETS.build(dict(type='ToyImages'))

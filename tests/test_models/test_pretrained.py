@@ -430,7 +430,7 @@ def misshapen(key, value):
     ('change', 'said'),
     [
         (lambda s: s.pop('conv1.weight'), 'missing conv1.weight'),
-        (lambda s: s.pop('layer4.1.sn2.mean_fixed'), 'missing layer4.1.sn2.mean_fixed'),
+        (lambda s: s.pop('layer4.1.sn2.mean_fixed'), 'layer4.1.sn2 is no whole SSN'),
         (lambda s: s.pop('layer2.0.downsample.1.running_var'), 'downsample.1.running_var'),
         (lambda s: s.pop('layer1.0.conv1.weight'), 'backbone: missing layer1.0.conv1.weight'),
         (misshapen('layer1.0.conv3.weight', torch.ones(1)), 'unexpected layer1.0.conv3.weight'),
@@ -441,8 +441,8 @@ def misshapen(key, value):
             'of another shape conv1.weight is [8, 3, 3, 3], expected [8, 3, 7, 7]',
         ),
         (misshapen('layer1.0.sn1.weight', torch.ones(1, 4, 1, 1)), 'is [1, 4, 1, 1], expected [8]'),
-        (misshapen('sn1.mean_weight', torch.ones(2)), 'sn1.mean_weight is [2], expected [3]'),
-        (misshapen('sn1.mean_fixed', torch.ones(3)), 'sn1.mean_fixed is [3], expected []'),
+        (misshapen('sn1.mean_weight', torch.ones(2)), 'mean_weight [2]'),
+        (misshapen('sn1.mean_fixed', torch.ones(3)), 'mean_fixed [3]'),
         # as many numbers, in dimensions that a norm may have and a convolution may not
         (
             misshapen('layer2.0.downsample.0.weight', torch.ones(16, 8)),
