@@ -54,13 +54,14 @@ def set_radius(model: nn.Module, radius: float) -> None:
         control = layer._tensor('mean_weight')
         if not control.requires_grad:
             continue
-        if type(control) is not nn.Parameter or control.is_meta or control.dim() != 1:
+        size = len(layer.normalizers)
+        plain = type(control) is nn.Parameter and not control.is_meta and control.dim() == 1
+        if not plain or control.numel() != size or layer._tensor('var_weight').numel() != size:
             _check_whole(layer)
         buffer = layer._buffers['radius']
         radii[buffer.device, buffer.dtype].append(buffer)
         known = layer.known_choices()
         if control.is_cpu or known is None or None in known:
-            size = len(layer.normalizers)
             alike[control.device, control.dtype, size].append((layer, known))
     for (device, dtype), buffers in radii.items():
         value = torch.full((), radius, device=device, dtype=dtype)

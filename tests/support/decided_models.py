@@ -30,6 +30,8 @@ def demo_config(scope: str, **norm_cfg) -> Config:
 def _update_norms(node: object, settings: dict) -> None:
     children = node.values() if isinstance(node, dict) else node
     if isinstance(node, dict) and node.get('type') in ('SSN', 'SyncSSN'):
+        if settings.get('type') == 'BN':  # which has no candidates
+            node.clear()
         node.update(settings)
     if isinstance(node, dict | list | tuple):
         for child in children:

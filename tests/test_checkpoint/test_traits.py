@@ -60,8 +60,8 @@ def test_candidates_in_another_order_are_refused(tmp_path):
 def test_training_tells_them(tmp_path):
     model = build('mmdet', stem_padding=1, norm_cfg=dict(type='SSN', normalizers=ORDER))
     checkpoint = {'meta': {'epoch': 1}}
-    SSNRadiusHook().before_save_checkpoint(SimpleNamespace(model=model), checkpoint)
-    expected = {'epoch': 1, 'normalizers': list(ORDER), 'stem_padding': 1}
+    SSNRadiusHook().before_save_checkpoint(SimpleNamespace(model=model, hooks=[]), checkpoint)
+    expected = {'epoch': 1, 'normalizers': list(ORDER), 'stem_padding': 1, 'averaged_copies': []}
     assert checkpoint['meta'] == expected
 
 
@@ -71,7 +71,7 @@ def test_layers_of_a_head_are_named_by_their_own_candidates(tmp_path):
     set_radius(model, 1.0)
     config = "a = dict(type='SSN')\nb = dict(type='SSN', normalizers=('LN', 'GN', 'BN'))"
     checkpoint = {'meta': {'cfg': config}, 'state_dict': model.state_dict()}
-    SSNRadiusHook().before_save_checkpoint(SimpleNamespace(model=model), checkpoint)
+    SSNRadiusHook().before_save_checkpoint(SimpleNamespace(model=model, hooks=[]), checkpoint)
     read = read_checkpoint(save(checkpoint, tmp_path / 'model.pth'))
     found = layer_ratios_of_state(read['state_dict'], told_candidates(read))
     assert {row.layer: tuple(row.ratios('mean')) for row in found} == {
