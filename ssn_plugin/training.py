@@ -142,9 +142,10 @@ def clip_control_gradients(model: nn.Module | Iterable[Tensor], max_norm: float 
     gradients that are accumulated and unscaled, and before any clipping of all gradients, so that
     one such layer does not shrink the step of all others.
 
-    A NaN or infinite gradient of one of them would reach all by the joint norm, and control
-    parameters for good. Then the gradients of all are taken away, so that the optimizer skips
-    control parameters in this step. Looking costs one synchronisation with the device.
+    If one of these gradients holds NaN or infinity, clipping by the joint norm would spoil all of
+    them, and a control parameter that an optimizer has made NaN stays NaN. So this function then
+    sets ``grad`` to None for all of them, and the optimizer skips the control parameters in this
+    step. The check waits for the device once.
 
     Args:
         model: The model, or its :func:`control_parameters`, which a loop may collect once.

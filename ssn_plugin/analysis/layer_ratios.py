@@ -25,8 +25,8 @@ class LayerRatios(NamedTuple):
         mean_ratios: K importance ratios of the means.
         var_ratios: K importance ratios of the variances.
         radius: Radius of an SSN, None for an SN.
-        mean_fixed: Whether the ratios of the means are frozen.
-        var_fixed: Whether the ratios of the variances are frozen.
+        mean_fixed: Whether the ratios of the means are decided.
+        var_fixed: Whether the ratios of the variances are decided.
         channels: C, None where a state dict holds nothing of that size.
     """
 

@@ -77,7 +77,8 @@ def _real() -> dict[str, object]:
 
 
 def _installed(path: str) -> object | None:
-    # numpy moved the first, and keeps it as a deprecated name.
+    # numpy renamed numpy.core to numpy._core and keeps the old name as deprecated, so the new one
+    # is tried first.
     for place in (path.replace('.core.', '._core.'), path.replace('._core.', '.core.')):
         module, _, name = place.rpartition('.')
         with contextlib.suppress(ImportError):
@@ -96,8 +97,8 @@ def _statistic_of_a_history(owner: object, name: object) -> Callable:
 def weights_only(allow_pickle: bool = False) -> Iterator[None]:
     """Make every ``torch.load`` inside refuse files that need code to be unpickled.
 
-    It binds libraries that ask for unpickling as well. What stands beside weights becomes things
-    that do nothing.
+    This holds even for libraries that call it with ``weights_only=False``. Known objects beside the
+    weights, such as log histories and numpy arrays, are replaced by empty stand-ins.
 
     Args:
         allow_pickle: Trust the file. ``SSN_ALLOW_PICKLE=1`` in the environment does the same.
@@ -218,7 +219,8 @@ def explain_load_error(path: str, error: Exception) -> CheckpointError:
         error: What was raised.
     """
     text = ' '.join(str(error).split())
-    # A text whose first letter means such an instruction names no type, or one of several words.
+    # A text file whose first letter happens to be the code of the GLOBAL instruction gives this
+    # error too, but what it names is empty or has several words, so the pattern does not match.
     wanted = re.search(r'GLOBAL ([\w.]*\w) (was|whose)', text)
     if isinstance(error, pickle.UnpicklingError) and wanted and not _ends_early(path):
         return CheckpointError(

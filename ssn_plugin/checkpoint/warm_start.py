@@ -221,7 +221,7 @@ def warm_start(
         raise CheckpointError(
             f'{path}: its norms fill {len(filled)} of {len(layers)} SSN layers: {why}'
         )
-    # Half of a norm that was another is none.
+    # Where the file fills an SSN only in part, none of its entries for that layer is loaded.
     unfit = {*unexpected, *misshapen, *_below_any(set(layers) - set(filled), fitted)}
     for key in unfit:
         del fitted[key]

@@ -16,8 +16,9 @@ from ssn_plugin.layers.plain_norms import (
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 
-# Of each class: torch's batch norm and the instance norm for the same inputs. What an SSN without a
-# number of dimensions in its name becomes learns them from its first input.
+# For each SSN class, the batch norm and the instance norm that take the same inputs. An SSN without
+# a number in its name takes inputs of any number of dimensions, so its BatchNorm finds out from the
+# first input which of torch's it is.
 _TORCH_LAYERS = (
     (SSN1d, nn.BatchNorm1d, InstanceNorm1d),
     (SSN2d, nn.BatchNorm2d, InstanceNorm2d),

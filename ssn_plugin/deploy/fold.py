@@ -145,8 +145,8 @@ def _checked(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> dict[_BatchN
 @torch.no_grad()
 def _folded_parameters(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     # In float64, as nothing is gained by rounding more than once, and on the CPU, as MPS has none.
-    # Torch's fuse_conv_bn_weights does round, and takes the channels of a transposed convolution
-    # with groups for those of another.
+    # Torch's fuse_conv_bn_weights is not used, because it rounds several times, and scales the
+    # wrong channels of a transposed convolution with groups.
     def exact(tensor: Tensor) -> Tensor:
         return (tensor if tensor.is_meta else tensor.cpu()).double()
 

@@ -32,7 +32,8 @@ class Copy(NamedTuple):
     def has_new_statistics(self) -> bool:
         """Whether its running statistics are those of a new layer, and those of the model are not.
 
-        Then whoever averages leaves buffers out, and BN does in the copy what nobody wants.
+        If so, the averaging leaves buffers out, and BN in the copy normalises by the initial
+        statistics in evaluation, which makes the outputs of the copy wrong.
         """
         return any(
             layer.running_mean is not None
@@ -163,7 +164,7 @@ def _alike(ours: list[SSN], theirs: list[SSN]) -> bool:
 def _equal(copy: nn.Module, source: nn.Module) -> bool:
     ours = dict(source.named_parameters())
     theirs = dict(copy.named_parameters())
-    # Norm layers alone all begin alike.
+    # New norm layers all hold the same values, so equal ones alone do not show that it is a copy.
     return any(parameter.dim() > 1 for parameter in theirs.values()) and all(
         name in ours and torch.equal(parameter.to(ours[name]), ours[name])
         for name, parameter in theirs.items()

@@ -111,8 +111,8 @@ def _flat(key: str, state: dict[str, Tensor], norms: dict[str, str]) -> Tensor:
 class WarmStartInit(PretrainedInit):
     """``init_cfg=dict(type='Pretrained', ...)``, which fits a warm start to what it fills.
 
-    That is what one of the two prefixes names, or a file of ``tools/warm_start.py``. Any other
-    checkpoint is loaded by mmengine as ever.
+    A warm start is a checkpoint named with ``bn2ssn://`` or ``sn2ssn://``, or a file that
+    ``tools/warm_start.py`` wrote. mmengine loads any other checkpoint as usual.
     """
 
     def __call__(self, module: nn.Module) -> None:

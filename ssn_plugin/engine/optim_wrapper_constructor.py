@@ -75,8 +75,9 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not isinstance(module, SwitchableNorm | SelectedNorm):
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        # The base class recognises norm layers by a fixed list of types. A stand-in of such a type
-        # that holds the same parameters gets them exactly its treatment, custom_keys included.
+        # The base class recognises norm layers by a list of types that does not include ours. So it
+        # is given a GroupNorm that holds the same parameters, and treats these as those of any norm
+        # layer, custom_keys included.
         stand_in = nn.GroupNorm(1, 1, affine=False)
         for name, parameter in module.named_parameters(recurse=False):
             setattr(stand_in, name, parameter)
@@ -136,8 +137,8 @@ class _Clipping:
             wrapper._clip_grad = self.clip_control_then_all
 
     def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        # A fused optimizer unscales inside its step, and leaves out one of infinite gradients: here
-        # they still carry the factor.
+        # A fused optimizer divides gradients by the loss scale inside its step, so here they are
+        # still scaled. It skips a step whose gradients are infinite, so nothing is clipped then.
         scale, infinite = (getattr(optimizer, name, None) for name in ('grad_scale', 'found_inf'))
         if infinite is None or not bool(infinite):
             self.clip(1.0 if scale is None else float(scale))
@@ -148,7 +149,8 @@ class _Clipping:
 
     def clip(self, scale: float = 1.0) -> None:
         parameters = list(self.control.values())
-        # Under a scaler it is a matter of course, and it leaves such a step out.
+        # With a loss scaler infinite gradients are normal, and the scaler skips such a step, so
+        # there is nothing to warn of.
         if not self.said and not hasattr(self.wrapper, 'loss_scaler'):
             self.say(without_finite_gradient(parameters))
         clip_control_gradients(parameters, self.max_norm * scale)

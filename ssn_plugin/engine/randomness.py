@@ -16,7 +16,8 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_rank
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-# Kinds of places, that no two of them share their numbers.
+# Every seed includes what it is for, so that an iteration, a sample and an order with the same
+# numbers do not get the same random numbers.
 _ITERATION, _SAMPLE, _ORDER = range(3)
 
 

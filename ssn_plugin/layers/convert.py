@@ -43,10 +43,12 @@ def convert_batch_norm(
         z_{BN} = r, \qquad z_k = \frac{1 - r}{K - 1} \text{ for the others,}
 
     for mean and variance alike, at radius zero. With r = 1 outputs in evaluation are those of the
-    BatchNorm network, bit for bit. A BatchNorm1d may get (N, C), of which IN has nothing to
-    normalise by, so its SSN goes without that candidate. With r = 0.9 they are nearly that, and
-    the layer is free to choose. A BatchNorm whose weight requires no gradient is frozen, would
-    never choose, and becomes an SSN that is decided for BN.
+    BatchNorm network, bit for bit. With r = 0.9 they are close to those, and training can still
+    move the ratios to another candidate.
+
+    An SSN1d is made without the candidate IN if at least two others remain, because its input may
+    be (N, C), where IN would take its variance over one number. A BatchNorm whose weight requires
+    no gradient is frozen: its ratios would never move, so it becomes an SSN decided for BN.
 
     Hooks of the replaced layers are lost. A subclass with a forward pass of its own is left as it
     is, with a warning that names it; but one that goes on with ``drop`` and ``act``, as timm's

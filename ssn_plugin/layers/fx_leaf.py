@@ -7,9 +7,9 @@ from torch.fx import Proxy
 def as_leaf(layer: nn.Module, x: Proxy) -> Proxy:
     """Record a call of the layer itself, where torch.fx asks what its forward pass does.
 
-    torch.fx takes layers in the namespace of torch for leaves, and looks into all others, where it
-    fails at the first question of a size. What works on recorded layers, such as mmengine's
-    ``efficient_conv_bn_eval``, looks for calls of layers.
+    torch.fx records a layer of torch.nn as one call (a leaf), but traces into the forward pass of
+    any other layer, and fails there where the code branches on the size of a tensor. Tools that
+    rewrite recorded models, such as mmengine's ``efficient_conv_bn_eval``, look for such calls.
     """
     return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,), {})
 

@@ -120,7 +120,8 @@ class _RowNorm:
                 per_channel = (-1, *(1,) * (x.dim() - 2))
                 y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
             return y.to(x.dtype)
-        # Of channels_last it would take E[x^2] - E[x]^2.
+        # contiguous(), because on channels_last F.group_norm computes the variance as
+        # E[x^2] - E[x]^2, which loses digits where the mean is large.
         return F.group_norm(x.contiguous(), self.num_features, self.weight, self.bias, self.eps)
 
 

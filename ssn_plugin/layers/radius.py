@@ -10,7 +10,9 @@ from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.ops.sparsestmax import is_one_hot_radius
 from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, Choices, largest
 
-# From here on rounding may make one-hot what is not yet; half precision has the coarsest.
+# Ratios become one-hot at the circumradius, or where the largest entry leads by 1. Rounding may
+# make them one-hot a little earlier; from this fraction of either limit on they are computed. The
+# margin is that of half precision, which rounds most.
 _NEARLY = 0.98
 
 
@@ -22,8 +24,9 @@ def set_radius(model: nn.Module, radius: float) -> None:
     later radius changes the ratios. A layer whose control parameters require no gradient (a frozen
     stage) keeps its radius and its ratios.
 
-    It waits for a GPU once, when the radius makes everything one-hot. What is decided there earlier
-    is known to the CPU one call later.
+    On a GPU this call waits for the device only once in a training: when the radius makes every
+    layer one-hot. Before that, the flags are set on the GPU, and the CPU learns of them in the next
+    call.
 
     Args:
         model: Any module.

@@ -92,9 +92,10 @@ class SSN(SwitchableNorm):
             message names it.
 
     Note:
-        In training, an undecided layer with 'IN' among its candidates refuses (N, C), where the
-        variance of 'IN' is that of one number: ``normalizers=('LN', 'BN', 'GN')``. A map of one
-        pixel is warned of once. In evaluation both are taken as they come. An empty batch comes
+        In training, an undecided layer with 'IN' among its candidates refuses an input (N, C),
+        because 'IN' would take its variance over one number; build such a layer with
+        ``normalizers=('LN', 'BN', 'GN')``. For an input of one pixel per channel the layer only
+        warns, once per process. In evaluation it accepts both. An empty batch comes
         back empty and leaves the running statistics alone, as with ``torch.nn.BatchNorm2d``.
 
     Example:

@@ -22,7 +22,7 @@ _RADIUS_TOLERANCE = 2.0**-22
 # gaps of a millionth of the radius reach; a smaller gap would overflow instead of informing.
 _MAX_AMPLIFICATION = 1e6
 
-# The floats' route takes this for the infinite difference of two finite numbers.
+# project_floats uses this number where the difference of two finite entries overflows to -inf.
 _LOWEST = -1e300
 
 
@@ -102,7 +102,8 @@ def refuse_second_derivative(gradient: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or is_compiling():
         return gradient
-    # The second input makes the result part of a graph where the gradient itself is of none.
+    # The second input requires a gradient, so autograd records this call (and can raise in its
+    # backward) even where the incoming gradient does not require one.
     return _Refusal.apply(gradient, gradient.new_zeros((), requires_grad=True))
 
 
@@ -139,7 +140,8 @@ class SparsestMaxFunction(torch.autograd.Function):
         distance = (simplex_point - 1 / size).square().sum(-1, keepdim=True).sqrt()
         limit = circumradius(size)
         beyond = radius >= limit * (1 - _RADIUS_TOLERANCE)
-        # A sparsemax point that rounding keeps off its vertex by 1e-17 is not one-hot yet.
+        # From the circumradius on, never take the sparsemax point: rounding may leave it 1e-17
+        # away from its vertex, and the result must be exactly one-hot.
         outside = (distance >= radius) & ~beyond
 
         # In the face of the k largest entries the circle has radius r_k; the first face, from the

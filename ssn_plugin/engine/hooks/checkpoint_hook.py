@@ -75,7 +75,8 @@ class SSNCheckpointHook(CheckpointHook):
         kept = list(self.keep_ckpt_ids) if limited else []
         if limited and kept[-1:] != [step]:
             kept.append(step)
-            # With the one to be removed: a run that dies before that removes it when it resumes.
+            # The list still has the checkpoint that is removed below. If the run dies before it
+            # is removed, the resumed run finds it in the list and removes it.
             runner.message_hub.update_info('keep_ckpt_ids', kept)
         filename = self.filename_tmpl.format(step)
         with self._explaining():

@@ -34,8 +34,8 @@ class PreciseStatsHook(Hook):
     hook passes ``num_batches`` batches of the training set through the model, without gradient, and
     takes as running mean and variance the averages of the batch means and variances. (The authors
     of SN call it batch average.) Layers that use running statistics take part: SSN and SN as far as
-    'BN' has a ratio above zero, and BatchNorm; not those that the host holds in evaluation mode
-    (``norm_eval``, frozen stages).
+    'BN' has a ratio above zero, and BatchNorm; not those that the framework keeps in evaluation
+    mode (``norm_eval``, frozen stages).
 
     Training does not notice: the batches go through a copy of the model and of its preprocessor,
     which shares the trained weights alone, and after a validation the running statistics are what
@@ -75,7 +75,7 @@ class PreciseStatsHook(Hook):
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def before_run(self, runner) -> None:
-        """Have a helper that comes before all that look at the end of a validation.
+        """Register a helper hook that runs before all other hooks when a validation ends.
 
         Args:
             runner: mmengine's Runner.

@@ -15,7 +15,7 @@ from ssn_plugin.training import radius_at
 
 
 class SSNRadiusHook(Hook):
-    """Grow the radius of every SSN linearly with the iteration, and freeze what became one-hot.
+    """Grow the radius of every SSN linearly with the iteration, which decides layer after layer.
 
     ``radius = start_radius + (end_radius - start_radius) * (t - begin) / (end - begin)`` with the
     progress t = iteration / (iterations - 1), clamped to [begin, end], set before every forward

@@ -69,7 +69,8 @@ def _reshaped(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _flat(statistic: Tensor) -> Tensor:
-    # What is expanded from one number stays so when it is flattened, and kernels do not look.
+    # A tensor expanded from one number keeps stride 0 through reshape, and ATen's BatchNorm
+    # kernels read their vectors without looking at strides, so a real copy is needed.
     return statistic.reshape(-1).contiguous()
 
 

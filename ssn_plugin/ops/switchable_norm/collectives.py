@@ -83,7 +83,8 @@ def track(
     count, mean, var = joined
     running_mean, running_var = running
     if correction == 0:
-        # Before count loses a unit to rounding this is one.
+        # Where count is so large that float32 cannot represent count - 1, the factor has already
+        # rounded to one, so the lost unit does not matter.
         var = var * (count / (count - 1).clamp(min=1))
     weight = (count > 0).to(running_mean.dtype) * momentum
     running_mean.lerp_(mean.to(running_mean.dtype), weight)

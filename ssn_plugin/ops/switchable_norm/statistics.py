@@ -255,8 +255,9 @@ def row_gradients(
         constant: Whether statistics that were given stood for those of 'BN'.
         settings: As given to it.
         length: Elements per row.
-        shared: If those came from more rows than these: the sums of ``grad`` over all of them, per
-            element, (C,) each.
+        shared: If the given statistics are those of the batches of several processes: the sums of
+            ``grad`` over all their rows, divided by the elements per channel, (C,) each. None where
+            the given statistics are constants.
     """
     grad_mean, grad_var = grad
     shape = grad_mean.shape

@@ -2,7 +2,7 @@
 
 `torch.ops.ssn_plugin.switchable_norm_forward` and `..._backward` are what
 :func:`launch.forward` and :func:`launch.backward` are, with the arguments that a schema can
-express: tracing sees one node, no kernel and no host code. Operators return tensors
+express: tracing sees one node, no kernel and no Python code. Operators return tensors
 only, so what is None there is an empty tensor here.
 """
 

@@ -46,9 +46,10 @@ _SPLITS = 64  # and into so many at most
 _POOL_TILE = 1024  # numbers per row that a program holds at once where it pools
 _POOL_SAMPLES = 128  # of at most so many samples, or channels, together
 _CHUNK = 2048  # partial sums of the ratios' gradients that one program of the pooling kernel adds
-# The pass over x pools what its rows need itself if all its programs together read at most so many
-# numbers for it: 20 MB, for which the second-level cache takes about what a launch takes. One
-# program reads at most so many, in about ten rounds.
+# The pass over x can also pool the row moments, which saves the launch of the pooling kernel, but
+# then every program reads the moments that its rows share. It does so only if all programs together
+# read at most _MERGE_NUMBERS (20 MB: reading them from the second-level cache takes about as long
+# as a launch) and one program reads at most _MERGE_NUMBERS_OF_PROGRAM, in about ten rounds.
 _MERGE_NUMBERS = 5 * 2**20
 _MERGE_NUMBERS_OF_PROGRAM = 2**14
 _MERGE_PARTIALS = 8192
@@ -431,8 +432,9 @@ def forward(
 
     Args:
         x: Shape (N, C, ...), not empty, as :func:`supports` wants it.
-        mean_control: Control parameters of the means, or their ratios, shape (K,). Like the
-            next six it may be None where both choices are selected.
+        mean_control: Control parameters of the means, or their ratios, shape (K,). This,
+            ``var_control`` and the five tensors from ``radius`` to ``var_choice`` may be None where
+            ``selected`` holds both choices.
         var_control: The same of the variances.
         ratio_map: What makes ratios of them: 'sparsestmax', 'softmax', or 'given' for nothing.
         radius: Of SparsestMax, 0-d. It and the next four are None for the other maps.
