@@ -66,7 +66,8 @@ def test_options_of_the_codebase_reach_its_script(tmp_path, monkeypatch):
     package(tmp_path, 'mmwhatever')
     script = tmp_path / 'mmwhatever' / '.mim' / 'tools' / 'train.py'
     script.write_text('import sys\nprint("ran with", *sys.argv[1:])')
-    (tmp_path / 'c.py').write_text("default_scope = 'mmwhatever'")
+    text = "default_scope = 'mmwhatever'\nmodel = dict(type='SSN', num_features=4)"
+    (tmp_path / 'c.py').write_text(text)
     monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{ROOT}')
     result = run(ROOT / 'tools/train.py', 'c.py', '--sweep', '3', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
