@@ -259,7 +259,13 @@ def test_baseline_differs_in_the_norm_alone(path):
         for rule in ('constructor', 'paramwise_cfg'):
             cfg['optim_wrapper'].pop(rule, None)
         cfg['default_hooks']['checkpoint'].pop('type')  # the same but for how it writes
-        for key in ('custom_hooks', 'ssn_optim_wrapper', 'ssn_default_hooks', 'filename'):
+        for key in (
+            'custom_hooks',
+            'ssn_norm',
+            'ssn_optim_wrapper',
+            'ssn_default_hooks',
+            'filename',
+        ):
             cfg.pop(key, None)
     assert baseline == ssn
 
