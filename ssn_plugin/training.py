@@ -165,7 +165,12 @@ def clip_control_gradients(model: nn.Module | Iterable[Tensor], max_norm: float 
         1.000
     """
     parameters = control_parameters(model) if isinstance(model, nn.Module) else list(model)
-    if without_finite_gradient(parameters):
+    return clip_or_drop(parameters, max_norm, without_finite_gradient(parameters))
+
+
+def clip_or_drop(parameters: list[Tensor], max_norm: float, lost: list[int]) -> Tensor:
+    """Clip gradients, or take them all away if some are known to be without finite values."""
+    if lost:
         for parameter in parameters:
             parameter.grad = None
         return torch.tensor(math.nan)

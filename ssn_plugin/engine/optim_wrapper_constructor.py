@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
-from ssn_plugin.training import clip_control_gradients, without_finite_gradient
+from ssn_plugin.training import clip_or_drop, without_finite_gradient
 
 _DEFAULTS = dict(ssn_lr_mult=0.1, ssn_decay_mult=0.0, ssn_clip_norm=1.0)
 
@@ -149,11 +149,12 @@ class _Clipping:
 
     def clip(self, scale: float = 1.0) -> None:
         parameters = list(self.control.values())
+        lost = without_finite_gradient(parameters)
         # With a loss scaler infinite gradients are normal, and the scaler skips such a step, so
         # there is nothing to warn of.
         if not self.said and not hasattr(self.wrapper, 'loss_scaler'):
-            self.say(without_finite_gradient(parameters))
-        clip_control_gradients(parameters, self.max_norm * scale)
+            self.say(lost)
+        clip_or_drop(parameters, self.max_norm * scale, lost)
 
     def say(self, lost: list[int]) -> None:
         if not lost:

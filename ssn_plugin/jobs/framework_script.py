@@ -113,10 +113,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     Raises:
         InputError: If something is missing.
     """
-    refuse_code()
-    config = load_config(args.config, args.cfg_options)
-    if not config.get('model'):
-        raise InputError(f'config: {args.config} has no model')
+    config = _config_of(args)
     if args.amp and get_device() == 'cpu':
         raise InputError("--amp: got no GPU, expected one: mmengine's AmpOptimWrapper needs it")
     script = framework_script(config, 'train.py')
@@ -146,10 +143,7 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     Raises:
         InputError: If something is missing.
     """
-    refuse_code()
-    config = load_config(args.config, args.cfg_options)
-    if not config.get('model'):
-        raise InputError(f'config: {args.config} has no model')
+    config = _config_of(args)
     script = framework_script(config, 'test.py')
     checkpoint = check_checkpoint('checkpoint', args.checkpoint)
     check_checkpoints(config, training=False)
@@ -161,6 +155,15 @@ def test(args: argparse.Namespace, arguments: list[str]) -> None:
     del model
     check_work_dir(_work_dir(args, config))
     _run(script, config, args.launcher, arguments)
+
+
+def _config_of(args: argparse.Namespace) -> Config:
+    """The config of a run, in a process that from here on unpickles no code."""
+    refuse_code()
+    config = load_config(args.config, args.cfg_options)
+    if not config.get('model'):
+        raise InputError(f'config: {args.config} has no model')
+    return config
 
 
 def _work_dir(args: argparse.Namespace, config: Config) -> str:

@@ -24,7 +24,7 @@ from ssn_plugin.ops.switchable_norm.collectives import (
     EmptyShareFunction,
     refuse_second_derivatives,
 )
-from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients
+from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients, factory_of
 from ssn_plugin.ops.switchable_norm.ratios import (
     Control,
     Ratios,
@@ -210,11 +210,6 @@ def _empty_result(x: Tensor, *parameters: Tensor | None) -> Tensor:
     return x + touched
 
 
-def _factory(tensor: Tensor | None) -> dict | None:
-    """Dtype and device of a tensor."""
-    return None if tensor is None else dict(dtype=tensor.dtype, device=tensor.device)
-
-
 class SwitchableNormFunction(torch.autograd.Function):
     """Forward and backward on ATen, of a non-empty x; see :func:`switchable_norm`."""
 
@@ -263,7 +258,7 @@ class SwitchableNormFunction(torch.autograd.Function):
             joined = found or joined
         ctx.call = call
         ctx.sizes = len(settings.normalizers)
-        ctx.factories = [_factory(tensor) for tensor in (mean_control, var_control, bias)]
+        ctx.factories = [factory_of(tensor) for tensor in (mean_control, var_control, bias)]
         # Control parameters of a decided layer are not read, so whoever writes to them between
         # forward and backward does no harm.
         controls = [
@@ -345,13 +340,15 @@ def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         else:
             values.append(ratios.again(control).unbind() if ratios.moving else ratios.values)
     given = None if given_mean is None else Moments(given_mean, given_var)
-    dx, dmean, dvar, dweight, dbias = differentiable_gradients(
-        dy, x, controls, tuple(values), weight, given, settings, ctx.needs_input_grad[:5]
+    gradients = differentiable_gradients(
+        dy,
+        x,
+        controls,
+        tuple(values),
+        weight,
+        given,
+        settings,
+        ctx.needs_input_grad[:5],
+        ctx.factories,
     )
-    gradients = [dmean, dvar]
-    for index, factory in enumerate(ctx.factories[:2]):
-        if ctx.needs_input_grad[1 + index] and gradients[index] is None:
-            gradients[index] = torch.zeros(ctx.sizes, **factory)
-    if dbias is not None:
-        dbias = dbias.to(ctx.factories[2]['dtype'])
-    return dx, *gradients, dweight, dbias, *(None,) * 5
+    return *gradients, *(None,) * 5

@@ -67,6 +67,7 @@ def differentiable_gradients(
     given: Moments | None,
     settings: Settings,
     wanted: Sequence[bool],
+    factories: Sequence[dict | None],
 ) -> list[Tensor | None]:
     """Gradients of the layer that can be differentiated again.
 
@@ -79,9 +80,11 @@ def differentiable_gradients(
         given: As for :func:`switchable_norm`.
         settings: What else the layer is.
         wanted: Of x, both sources, weight and bias, which gradients are wanted.
+        factories: Dtype and device of the control parameters of mean and variance, and of bias.
 
     Returns:
-        The gradients in this order, None where one is not wanted.
+        The gradients in this order, None where one is not wanted. Control parameters that were not
+        read have a gradient of zero.
     """
     y = switchable_norm(x, *ratios, weight, None, given, settings)
     inputs = [
@@ -92,9 +95,18 @@ def differentiable_gradients(
     found = iter(
         torch.autograd.grad(y, present, dy, create_graph=True, allow_unused=True) if present else ()
     )
-    gradients = [None if tensor is None else next(found) for tensor in inputs]
-    dbias = dy.sum([0, *range(2, dy.dim())]) if wanted[4] else None
-    return [*gradients, dbias]
+    dx, *controls, dweight = [None if tensor is None else next(found) for tensor in inputs]
+    controls = [
+        torch.zeros(len(settings.normalizers), **factory) if needed and d is None else d
+        for d, needed, factory in zip(controls, wanted[1:3], factories[:2], strict=True)
+    ]
+    dbias = dy.sum([0, *range(2, dy.dim())]).to(**factories[2]) if wanted[4] else None
+    return [dx, *controls, dweight, dbias]
+
+
+def factory_of(tensor: Tensor | None) -> dict | None:
+    """Dtype and device of a tensor."""
+    return None if tensor is None else dict(dtype=tensor.dtype, device=tensor.device)
 
 
 def _takes_part(ratio: float | Tensor) -> bool:

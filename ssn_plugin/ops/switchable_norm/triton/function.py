@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ssn_plugin.ops.switchable_norm.collectives import refuse_second_derivatives
-from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients
+from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients, factory_of
 from ssn_plugin.ops.switchable_norm.ratios import Choices, Control, Selection, ratio_tensors
 from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
 from ssn_plugin.ops.switchable_norm.triton import launch as triton
@@ -120,7 +120,7 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
             for control, choice in zip((mean_control, var_control), selected, strict=True)
         ]
         ctx.save_for_backward(x, *controls, weight, saved, count, *given)
-        ctx.dtypes = [None if t is None else t.dtype for t in (mean_control, var_control, bias)]
+        ctx.factories = [factory_of(tensor) for tensor in (mean_control, var_control, bias)]
         ctx.ratio_map, ctx.selected, ctx.settings = ratio_map, selected, settings
         ctx.selection, ctx.group = selection, group
         return y
@@ -142,13 +142,13 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         wanted = [needs_dx, needs_mean or needs_var, needs_bias, needs_weight]
         dx, dmean, dvar, dweight, dbias = _backward(dy, x, saved, weight, count, ctx, wanted)
-        of_mean, of_var, of_bias = ctx.dtypes
+        of_mean, of_var, of_bias = ctx.factories
         return (
             dx if needs_dx else None,
-            dmean.to(of_mean) if needs_mean else None,
-            dvar.to(of_var) if needs_var else None,
+            dmean.to(**of_mean) if needs_mean else None,
+            dvar.to(**of_var) if needs_var else None,
             dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(of_bias) if needs_bias else None,
+            dbias.to(**of_bias) if needs_bias else None,
             *(None,) * 9,
         )
 
@@ -169,7 +169,7 @@ def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         controls = [filler if c is None else c for c in (mean_control, var_control)]
         tensors = ratio_tensors(Control(*controls, ctx.ratio_map, ctx.selection))
         values = [v or t.unbind() for v, t in zip(values, tensors, strict=True)]
-    dx, dmean, dvar, dweight, dbias = differentiable_gradients(
+    gradients = differentiable_gradients(
         dy,
         x,
         (mean_control, var_control),
@@ -178,10 +178,6 @@ def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         Moments(*given) if ctx.constant else None,
         ctx.settings,
         ctx.needs_input_grad[:5],
+        ctx.factories,
     )
-    gradients = [dmean, dvar]
-    for index, dtype in enumerate(ctx.dtypes[:2]):
-        if ctx.needs_input_grad[1 + index] and gradients[index] is None:
-            gradients[index] = torch.zeros(size, dtype=dtype, device=x.device)
-    dbias = None if dbias is None else dbias.to(ctx.dtypes[2])
-    return dx, *gradients, dweight, dbias, *(None,) * 9
+    return *gradients, *(None,) * 9
