@@ -1,6 +1,7 @@
 """The radius of a whole model, and what becomes of it: decided layers."""
 
 from collections import defaultdict
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, Choices, largest
 # make them one-hot a little earlier; from this fraction of either limit on they are computed. The
 # margin is that of half precision, which rounds most.
 _NEARLY = 0.98
+
+# What wrappers call the module that they wrap.
+_WRAPPED = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
 
 
 @torch.no_grad()
@@ -215,10 +219,11 @@ def copy_selection(source: nn.Module, target: nn.Module) -> None:
 
     Args:
         source: The trained model.
-        target: The model to follow it; either may be inside wrappers that call it ``module``.
+        target: The model to follow it. Either may be wrapped as a whole or in parts, by
+            DistributedDataParallel, FSDP, ``torch.compile``, ``AveragedModel`` and their like.
 
     Raises:
-        ValueError: If an SSN of ``source`` has no counterpart with the same candidates.
+        ValueError: If their SSN layers differ in number, place or candidates.
 
     Example:
         >>> import copy
@@ -230,29 +235,30 @@ def copy_selection(source: nn.Module, target: nn.Module) -> None:
         >>> average.selected
         ('BN', 'BN')
     """
-    followers = _by_place(target)
-    for place, layer in _by_place(source).items():
-        follower = followers.get(place)
-        if follower is None or follower.normalizers != layer.normalizers:
-            found = 'no SSN' if follower is None else f'candidates {follower.normalizers}'
-            raise ValueError(
-                f'target: got {found} at {place!r}, expected an SSN with {layer.normalizers}'
-            )
+    places, layers = _ssn_layers(source)
+    its_places, copies = _ssn_layers(target)
+    if places != its_places:
+        pairs = zip_longest(places, its_places, fillvalue='none')
+        place, its_place = next(pair for pair in pairs if pair[0] != pair[1])
+        raise ValueError(
+            f'target: got SSN {its_place} where source has {place}, expected a model of the same '
+            'structure'
+        )
+    for layer, its_copy in zip(layers, copies, strict=True):
         for buffer in ('radius', 'mean_fixed', 'var_fixed', 'mean_choice', 'var_choice'):
-            getattr(follower, buffer).copy_(getattr(layer, buffer))
-        follower.learn_choices(layer.known_choices())
+            getattr(its_copy, buffer).copy_(getattr(layer, buffer))
+        its_copy.learn_choices(layer.known_choices())
 
 
-def _by_place(model: nn.Module) -> dict[str, SSN]:
-    """Every SSN by its name without the names of wrappers around the model."""
-    found = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, SSN):
-            parts = name.split('.')
-            while parts and parts[0] in ('module', '_orig_mod'):
-                parts.pop(0)
-            found['.'.join(parts)] = layer
-    return found
+def _ssn_layers(model: nn.Module) -> tuple[list[str], list[SSN]]:
+    """Name and candidates of every SSN, without the names that wrappers add, and the layers."""
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, SSN)}
+    places = [
+        f'{".".join(part for part in name.split(".") if part not in _WRAPPED)!r} with '
+        f'{layer.normalizers}'
+        for name, layer in found.items()
+    ]
+    return places, list(found.values())
 
 
 def undecided_layers(model: nn.Module) -> list[str]:

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from ssn_plugin import SN, SSN, set_radius, undecided_layers
 from ssn_plugin.layers import radius as ways
@@ -243,6 +245,44 @@ def test_copied_selection_makes_a_model_follow_another():
     assert {key.rpartition('.')[2] for key in changed} == {
         'radius', 'mean_fixed', 'var_fixed', 'mean_weight', 'var_weight',
     }  # fmt: skip
+
+
+def wrapped_inside(model: nn.Module) -> nn.Module:
+    model.block[1] = checkpoint_wrapper(nn.DataParallel(model.block[1]))
+    return model
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [torch.compile, AveragedModel, checkpoint_wrapper, wrapped_inside],
+    ids=['compile', 'average', 'checkpointing', 'inside'],
+)
+def test_selection_is_copied_through_wrappers(wrap):
+    source, target = Nested(), Nested()
+    source.sn1.select('LN', 'IN')
+    source.block[1]['norm'].select('BN', 'LN')
+    expected = [('LN', 'IN'), ('BN', 'LN')]
+    for ours, theirs in ((source, wrap(target)), (wrap(source), Nested())):
+        copy_selection(ours, theirs)
+        found = [layer.selected for layer in theirs.modules() if isinstance(layer, SSN)]
+        assert found == expected
+
+
+def test_selection_is_not_copied_to_a_model_of_another_structure():
+    """Nor to a part of it."""
+    other = Nested()
+    other.block[1]['norm'] = SSN(8, normalizers=('LN', 'BN'))
+    fewer = nn.Sequential(Nested().sn1)
+    source = Nested()
+    set_radius(source, 1.0)
+    for target, told in ((other, r"SSN 'block.1.norm' with \('LN', 'BN'\)"), (fewer, "SSN '0'")):
+        with pytest.raises(ValueError, match=f'target: got {told}.* where source has'):
+            copy_selection(source, target)
+        assert all(
+            layer.selected == (None, None) for layer in target.modules() if isinstance(layer, SSN)
+        )
+    with pytest.raises(ValueError, match='got SSN none where source has'):
+        copy_selection(source, nn.Conv2d(3, 8, 3))
 
 
 @pytest.fixture
