@@ -135,6 +135,45 @@ def test_data_of_that_page_is_what_it_says(tmp_path):
     exec(count.replace('data/mine', str(tmp_path / 'mine')), {})
 
 
+def page_config(page: str, folder: Path) -> Config:
+    """The config that a page has the reader write."""
+    (text,) = (t for t in blocks(ROOT / 'docs' / f'{page}.md', 'python') if '_base_' in t)
+    return as_config(text, folder)
+
+
+def test_config_for_your_segmentation_data_builds(tmp_path):
+    config = page_config('your-seg-data', tmp_path)
+    model = built(config)
+    assert switchable_in(model) == {'backbone', 'decode_head', 'auxiliary_head'}
+    assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 5
+    assert config.optim_wrapper.constructor == 'SSNOptimWrapperConstructor'
+    assert config.optim_wrapper.optimizer.lr == 0.0025
+    assert config.default_hooks.checkpoint.type == 'SSNCheckpointHook'
+    assert config.default_hooks.logger.type == 'LoggerHook'
+
+
+@pytest.mark.parametrize('norm', ['BN', 'GN', 'SSN'])
+@pytest.mark.parametrize('page', ['your-data', 'your-seg-data'])
+def test_configs_that_compare_norms(page, norm, tmp_path, monkeypatch):
+    monkeypatch.setenv('NORM', norm)
+    base = {'your-data': 'my_config.py', 'your-seg-data': 'my_seg_config.py'}[page]
+    page_config(page, tmp_path)
+    (tmp_path / 'shown.py').rename(tmp_path / base)
+    (text,) = (t for t in blocks(ROOT / 'docs' / 'does-it-help.md', 'python') if f"'{base}'" in t)
+    config = as_config(text, tmp_path)
+    model = built(config)
+    kinds = {'BN': torch.nn.BatchNorm2d, 'GN': torch.nn.GroupNorm, 'SSN': SwitchableNorm}
+    norms = {
+        kind: [name for name, module in model.named_modules() if isinstance(module, cls)]
+        for kind, cls in kinds.items()
+    }
+    assert {kind for kind, names in norms.items() if names} == {'BN', norm}
+    backbone = [name for name in norms['BN'] if name.startswith('backbone.')]
+    assert len(backbone) == 53
+    assert any(not name.startswith('backbone.') for name in norms[norm])
+    assert ('SSNRadiusHook' in {hook.type for hook in config.custom_hooks}) == (norm == 'SSN')
+
+
 def ssn_norm() -> dict:
     return Config.fromfile(ROOT / 'configs/_base_/ssn_training.py').ssn_norm.to_dict()
 

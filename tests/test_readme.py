@@ -22,12 +22,18 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
+def test_the_readme_is_short():
+    text = (ROOT / 'README.md').read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 700
+
+
 def test_figures_of_the_readme_are_those_of_the_page_of_results():
-    _, _, status = (ROOT / 'README.md').read_text().partition('## Status\n')
-    status, _, _ = status.partition('\n## ')
-    figures = set(re.findall(r'(?<![\w.])(\d+\.\d+|\d+(?= %| x ))', status))
-    assert len(figures) > 10
-    known = set(re.findall(r'\d+(?:\.\d+)?', (ROOT / 'docs' / 'results.md').read_text()))
+    _, _, table = (ROOT / 'README.md').read_text().partition('## When to use it\n')
+    table, _, _ = table.partition('\n## ')
+    figures = set(re.findall(r'\d+\.\d+', table))
+    assert len(figures) > 5
+    known = set(re.findall(r'\d+\.\d+', (ROOT / 'docs' / 'results.md').read_text()))
     assert figures <= known
 
 
@@ -40,27 +46,29 @@ def test_make_targets_that_are_named_exist():
     assert named <= known
 
 
-def test_config_of_the_readme_builds(tmp_path):
+@pytest.mark.parametrize('index', [0, 1])
+def test_configs_of_the_readme_build(tmp_path, index):
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-    (neck,) = (block for block in blocks if block.startswith('_base_'))
-    backbone = next(block for block in blocks if 'SSNResNet' in block)
-    head = neck.replace('PATH/TO/configs', str(ROOT / 'configs'))
-    both = tmp_path / 'both.py'
-    both.write_text(head + backbone.replace('model = ', 'added = '))
-    config = Config.fromfile(str(both))
-    config.merge_from_dict({'model': config.added})
+    path = tmp_path / 'shown.py'
+    path.write_text(blocks[index].replace("'configs/", f"'{ROOT}/configs/"))
+    config = Config.fromfile(str(path))
+    assert config.model.backbone.init_cfg.type == 'Pretrained'
     config.model.backbone.init_cfg = None
     init_default_scope('mmdet')
     from mmdet.registry import MODELS
 
     model = MODELS.build(config.model)
-    layers = [name for name, module in model.named_modules() if isinstance(module, SSN)]
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SSN)}
     assert sum(name.startswith('backbone.') for name in layers) == 53
     assert sum(name.startswith('neck.') for name in layers) == 8
+    released = (1, ('IN', 'LN', 'BN')), (0, ('LN', 'GN', 'BN'))
+    first = layers['backbone.sn1']
+    assert (first.correction, first.normalizers) == released[index]
     assert config.optim_wrapper.constructor == 'SSNOptimWrapperConstructor'
     assert [hook.type for hook in config.custom_hooks] == [
         'SSNRadiusHook',
         'SSNRatioHook',
         'SSNResumeHook',
+        'SSNStartHook',
     ]
     assert config.default_hooks.checkpoint.type == 'SSNCheckpointHook'

@@ -20,6 +20,8 @@ custom_hooks = [
     dict(type='SSNRatioHook'),
     # A run that is killed and resumed goes on with the random numbers of one that is not.
     dict(type='SSNResumeHook'),
+    # Says before the first step which norms there are, and what would keep them from deciding.
+    dict(type='SSNStartHook'),
 ]
 # No kill and no full disk breaks the only checkpoint.
 ssn_default_hooks = dict(checkpoint=dict(type='SSNCheckpointHook'))

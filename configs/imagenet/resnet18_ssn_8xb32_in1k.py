@@ -22,4 +22,5 @@ custom_hooks = [
     # As in ssn_training.py, with fewer records: a run has 500k iterations.
     dict(type='SSNRatioHook', interval=100),
     _base_.custom_hooks[2],
+    _base_.custom_hooks[3],
 ]

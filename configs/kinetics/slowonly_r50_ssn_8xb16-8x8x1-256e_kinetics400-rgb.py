@@ -15,4 +15,5 @@ custom_hooks = [
     _base_.custom_hooks[0],
     dict(type='SSNRatioHook', interval=100),
     _base_.custom_hooks[2],
+    _base_.custom_hooks[3],
 ]

@@ -6,6 +6,7 @@ import os
 from mmengine.config import Config, DictAction
 
 from ssn_plugin.errors import InputError, in_one_line
+from ssn_plugin.jobs.explained_errors import explained
 
 
 def load_config(path: str, options: dict | None = None) -> Config:
@@ -22,7 +23,8 @@ def load_config(path: str, options: dict | None = None) -> Config:
             config.merge_from_dict(options)
     except (Exception, SystemExit) as error:
         # mmengine raises whatever a config's own code or a bad option raises.
-        raise InputError(f'config: cannot read {path}: {in_one_line(error)}') from error
+        reason = explained(error) or in_one_line(error)
+        raise InputError(f'config: cannot read {path}: {reason}') from error
     for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
         entry = config.get(key)
         if entry:

@@ -20,13 +20,25 @@ def explained(error: Exception) -> str | None:
         return (
             f'{where or "BatchNorm"}: got one value per channel, expected more in training: one '
             'image of 1 x 1 has no batch statistics; take at least 2 images per process, or '
-            "norm_cfg=dict(type='SSN', normalizers=('IN', 'LN', 'GN')) in this part of the model"
+            "norm_cfg=dict(type='SSN', normalizers=('LN', 'GN', 'BN')) in this part of the model"
         )
     if found := re.search(r'Target (-?\d+) is out of bounds', text):
         return (
             f'labels: got {found[1]}, expected labels below the num_classes of their head: set '
             'num_classes to the number of classes, or map the labels to 0 ... num_classes - 1, and '
             'those to be ignored to 255 in a segmentation'
+        )
+    if 'Duplicate key is not allowed among bases' in text:
+        return (
+            f'_base_: two files set {text.partition("keys: ")[2].strip(chr(34))}, which mmengine '
+            'refuses: take ssn_training.py out of _base_ and write its entries into this config, '
+            'its hooks at the end of custom_hooks (docs/convert.md)'
+        )
+    if 'mmsegmentation is not installed' in text:
+        return (
+            '_base_: mmseg:: needs the distribution mmsegmentation, which onedl-mmsegmentation is '
+            "not; write the path instead, as in _base_ = [__import__('mmseg').__path__[0] + "
+            "'/.mim/configs/FOLDER/CONFIG.py']"
         )
     return None
 

@@ -17,7 +17,12 @@ from ssn_plugin.jobs.class_folders import check_class_folders
 from ssn_plugin.jobs.configs import add_config_options, load_config
 from ssn_plugin.jobs.explained_errors import explained
 from ssn_plugin.jobs.last_checkpoint import last_checkpoint
-from ssn_plugin.jobs.model_check import check_norms, checked_model, start_options
+from ssn_plugin.jobs.model_check import (
+    check_constructor,
+    check_norms,
+    checked_model,
+    start_options,
+)
 from ssn_plugin.jobs.preflight import (
     check_checkpoint,
     check_checkpoints,
@@ -123,6 +128,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
     model = checked_model(config, args.config)
     if model is not None:
         check_norms_asked_for(model, config.to_dict())
+    check_constructor(config)
     work_dir = _work_dir(args, config)
     resumed = _resumed(args, config, work_dir)
     if resumed is not None:

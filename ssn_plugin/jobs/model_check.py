@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
 from torch import nn
 
 from ssn_plugin.analysis.config_entries import as_list, norm_configs, type_name
@@ -42,6 +42,25 @@ def checked_model(config: Config, path: str | os.PathLike) -> nn.Module | None:
                     f'{", ".join(close)}; where it is one, name its module in custom_imports'
                 )
     return build_model(config, path)
+
+
+def check_constructor(config: Config) -> None:
+    """See that the constructor of the optimizer is one, in the scope that the config names.
+
+    Raises:
+        InputError: If not.
+    """
+    wrapper = config.get('optim_wrapper') or {}
+    name = wrapper.get('constructor', 'SSNOptimWrapperConstructor')
+    if isinstance(name, type):
+        return
+    with OPTIM_WRAPPER_CONSTRUCTORS.switch_scope_and_registry(None) as registry:
+        if not isinstance(name, str) or not _is_registered(registry, name):
+            raise InputError(
+                f"optim_wrapper.constructor: got {name!r}, expected 'SSNOptimWrapperConstructor', "
+                "or mmengine's own, 'DefaultOptimWrapperConstructor'; where it is another, name "
+                'its module in custom_imports'
+            )
 
 
 def _is_registered(registry, kind: str) -> bool:

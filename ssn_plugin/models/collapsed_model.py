@@ -13,7 +13,13 @@ from ssn_plugin.models.pretrained import pretrained_entries, without_pretrained
 
 NAME = 'CollapsedSSN'
 # What they do ends with the training.
-_TRAINING_HOOKS = ('SSNRadiusHook', 'SSNRatioHook', 'SSNResumeHook', 'PreciseStatsHook')
+_TRAINING_HOOKS = (
+    'SSNRadiusHook',
+    'SSNRatioHook',
+    'SSNResumeHook',
+    'SSNStartHook',
+    'PreciseStatsHook',
+)
 
 
 def build_collapsed_ssn(

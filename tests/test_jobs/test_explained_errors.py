@@ -1,9 +1,13 @@
 """Errors that do not tell their cause get a line that does."""
 
+import importlib.metadata
+
 import pytest
 import torch
 from torch import nn
 
+from ssn_plugin.errors import InputError
+from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.explained_errors import building, explained
 
 
@@ -51,3 +55,24 @@ def test_what_was_being_built():
                 raise ValueError(f'class `Inner` in a/b.py: {error}')  # noqa: B904  (as a registry)
 
     assert building(caught(Outer)) == 'Outer > Inner > GroupNorm'
+
+
+@pytest.mark.parametrize(
+    ('bases', 'remedy'),
+    [
+        ("'one.py', 'two.py'", 'write its entries into this config, its hooks at the end of'),
+        ("'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'", "__import__('mmseg')"),
+    ],
+)
+def test_bases_that_mmengine_refuses(tmp_path, bases, remedy):
+    for name in ('one.py', 'two.py'):
+        (tmp_path / name).write_text('custom_hooks = []\n')
+    config = tmp_path / 'config.py'
+    config.write_text(f'_base_ = [{bases}]\n')
+    installed = {each.metadata['Name'] for each in importlib.metadata.distributions()}
+    if 'mmseg' in bases and 'mmsegmentation' in installed:
+        pytest.skip('mmseg:: resolves here')
+    with pytest.raises(InputError) as raised:
+        load_config(str(config))
+    assert remedy in str(raised.value)
+    assert '\n' not in str(raised.value)

@@ -6,7 +6,12 @@ from torch import nn
 
 from ssn_plugin import SSN
 from ssn_plugin.errors import InputError
-from ssn_plugin.jobs.model_check import check_norms, checked_model, start_options
+from ssn_plugin.jobs.model_check import (
+    check_constructor,
+    check_norms,
+    checked_model,
+    start_options,
+)
 
 
 def config_of(**model) -> Config:
@@ -34,6 +39,20 @@ def test_a_norm_that_nobody_knows(kind, said):
 @pytest.mark.parametrize('kind', ['SSN', 'SyncSSN', 'SN', 'BN', 'mmengine.SSN', nn.BatchNorm2d])
 def test_norms_that_are_registered(kind):
     assert isinstance(checked_model(config_of(norm_cfg=dict(type=kind)), 'a.py'), nn.Module)
+
+
+@pytest.mark.parametrize('constructor', [None, 'SSNOptimConstructor', 3])
+def test_a_constructor_that_nobody_knows(constructor):
+    config = Config(dict(optim_wrapper=dict(constructor=constructor)))
+    with pytest.raises(InputError) as caught:
+        check_constructor(config)
+    assert f'optim_wrapper.constructor: got {constructor!r}, ' in str(caught.value)
+    assert "'SSNOptimWrapperConstructor'" in str(caught.value)
+
+
+@pytest.mark.parametrize('wrapper', [{}, dict(constructor='DefaultOptimWrapperConstructor')])
+def test_constructors_that_are_registered(wrapper):
+    check_constructor(Config(dict(optim_wrapper=wrapper)))
 
 
 def test_a_config_without_a_model():

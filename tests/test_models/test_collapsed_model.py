@@ -78,7 +78,8 @@ resume = True
 default_hooks = dict(timer=dict(type='IterTimerHook'), ssn=dict(type='SSNRadiusHook'))
 custom_hooks = [
     dict(type='SSNRadiusHook'), dict(type='mmdet.NumClassCheckHook'),
-    dict(type='SSNRatioHook'), dict(type='SSNResumeHook'), dict(type='PreciseStatsHook')]
+    dict(type='SSNRatioHook'), dict(type='SSNResumeHook'), dict(type='SSNStartHook'),
+    dict(type='PreciseStatsHook')]
 """
 
 

@@ -141,10 +141,10 @@ def test_schedule(path):
     assert type(hook).__name__ == 'SwitchRecipeHook'
     assert list(hook.schedule) == [96]  # counted from 1: epochs 96 to 100 are the last five
     hooks = [hook['type'] for hook in cfg.get('custom_hooks', [])]
-    ours = ['SSNRadiusHook', 'SSNRatioHook', 'SSNResumeHook']
+    ours = ['SSNRadiusHook', 'SSNRatioHook', 'SSNResumeHook', 'SSNStartHook']
     assert hooks == (ours if norm == 'ssn' else [])
     if norm == 'ssn':
-        radius, ratios, _ = (HOOKS.build(copy.deepcopy(hook)) for hook in cfg.custom_hooks)
+        radius, ratios, *_ = (HOOKS.build(copy.deepcopy(hook)) for hook in cfg.custom_hooks)
         assert radius.radius_at(0, 500) == 0
         assert radius.radius_at(499, 500) == 1
         assert radius.radius_at(250, 501) == 0.5
