@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_mps import OnMPS, moved
+from on_mps import run_cases as run_cases_on_mps
+from processes import run_processes
 from random_state import randomize_affine_and_running
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,31 +69,6 @@ def test_a_checkpoint_where_no_folder_can_be_opened(tmp_path, monkeypatch):
 # ---- MPS
 
 
-class OnMPS(Tensor):
-    """A tensor of a device without float64; what comes of it is there too, but for ``cpu()``."""
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is Tensor.cpu:
-            return args[0].detach().as_subclass(Tensor)
-        result = super().__torch_function__(function, types, args, kwargs or {})
-        for each in tree_flatten(result)[0]:
-            if isinstance(each, OnMPS) and each.dtype == torch.float64:
-                raise TypeError('Cannot convert a MPS Tensor to float64 dtype')
-        return result
-
-
-def moved(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.detach().as_subclass(OnMPS))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.as_subclass(OnMPS)
-    return model
-
-
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8)
 
@@ -127,6 +105,15 @@ def test_a_layer_asks_for_no_float64(kind, mode, radius):
             images().to('meta').double()
         model(images().to('meta')).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_processes_share_statistics_over_the_cpu(tmp_path):
+    for process in run_processes(run_cases_on_mps, 2, tmp_path, seconds=300):
+        assert len(process) > 20
+        for name, (on_cpu, on_mps) in process.items():
+            assert on_cpu.keys() == on_mps.keys()
+            for key, tensor in on_cpu.items():
+                assert torch.allclose(on_mps[key], tensor, rtol=1e-4, atol=1e-5), (name, key)
 
 
 def test_collapsing_and_folding_without_float64():

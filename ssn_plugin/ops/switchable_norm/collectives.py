@@ -27,6 +27,11 @@ class BatchMoments(NamedTuple):
     var: Tensor
 
 
+def _meeting_place(tensor: Tensor) -> torch.device:
+    """Where processes reduce it: MPS has neither collectives nor float64, so there the CPU."""
+    return torch.device('cpu') if tensor.device.type == 'mps' else tensor.device
+
+
 def all_reduce_moments(rows: Moments, length: int, group: dist.ProcessGroup) -> BatchMoments:
     """Moments over all rows of all processes, each weighted by the elements of its row.
 
@@ -39,18 +44,18 @@ def all_reduce_moments(rows: Moments, length: int, group: dist.ProcessGroup) -> 
         length: Elements per row.
         group: The processes.
     """
-    mean = rows.mean.double()
+    place = _meeting_place(rows.mean)
+    mean = rows.mean.to(place).double()
     square = mean.square()
     if rows.var is not None:
-        square += rows.var
+        square += rows.var.to(place)
     count = mean.new_full((1,), len(mean) * length)
     totals = torch.cat((count, mean.sum(0) * length, square.sum(0) * length))
     dist.all_reduce(totals, group=group)
     count, totals = totals[0], totals[1:] / totals[0].clamp(min=1)
     mean, square = totals.view(2, -1)
     var = (square - mean.square()).clamp_(min=0)
-    dtype = rows.mean.dtype
-    return BatchMoments(count.to(dtype), mean.to(dtype), var.to(dtype))
+    return BatchMoments(*(part.to(rows.mean) for part in (count, mean, var)))
 
 
 def all_reduce_gradients(grad: Moments, count: Tensor, group: dist.ProcessGroup) -> Moments:
@@ -65,8 +70,9 @@ def all_reduce_gradients(grad: Moments, count: Tensor, group: dist.ProcessGroup)
         Both summed and divided by ``count``, (C,).
     """
     totals = torch.cat([pool_total(part, 'BN', 1) for part in grad])
-    dist.all_reduce(totals, group=group)
-    return Moments(*(totals / count.clamp(min=1)).view(2, -1))
+    joined = totals.to(_meeting_place(totals))
+    dist.all_reduce(joined, group=group)
+    return Moments(*(joined.to(totals) / count.clamp(min=1)).view(2, -1))
 
 
 def track(
