@@ -164,7 +164,7 @@ def _folded_parameters(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]
         scale = per_input.reshape(weight.shape[:2])
     scale = scale.view(*scale.shape, *(1,) * (weight.dim() - scale.dim()))
     scaled = torch.empty_like(weight).copy_(exact(weight) * scale)  # the same strides
-    return scaled, shift.to(weight.dtype).to(weight.device)
+    return scaled, shift.to(weight)
 
 
 class _Call(NamedTuple):
