@@ -219,7 +219,8 @@ class SSN(SwitchableNorm):
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
-        if self.training and x.shape[2:].numel() == 1:
+        # Once a map of one pixel has been warned of, only (N, C) is looked at.
+        if self.training and x.shape[2:].numel() == 1 and (x.dim() == 2 or not _warned):
             self._check_one_number(x)
 
     def _check_one_number(self, x: Tensor) -> None:
