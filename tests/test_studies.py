@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -777,6 +778,45 @@ def test_a_norm_gets_other_seeds_at_its_best_learning_rate():
     after = defaults_recipe.plan('cpu', [*rows, *rows_of(tried, [30, 20, 31])])
     assert [run for run in after if run in wanted] == wanted
     assert ('seg', 'BN', 1) not in {(run['task'], run['rule'], run['batch']) for run in after}
+
+
+def test_a_lever_changes_one_thing(tmp_path):
+    pytest.importorskip('mmseg')
+    plain, *levers = (
+        defaults_recipe.config_of(
+            defaults_recipe.run_of('cpu', rule, ('seg', 2), 0), tmp_path, 'r18.pth', tmp_path / 'w'
+        )
+        for rule in (defaults_recipe.RULES[0], *defaults_recipe.LEVER_RULES)
+    )
+    full_rate, late_begin, more_bn = levers
+    assert plain.optim_wrapper.paramwise_cfg.ssn_lr_mult == 0.1
+    assert full_rate.optim_wrapper.paramwise_cfg.ssn_lr_mult == 1.0
+    begins = [
+        hook['begin']
+        for config in (plain, late_begin)
+        for hook in config.custom_hooks
+        if hook['type'] == 'SSNRadiusHook'
+    ]
+    assert begins == [0.0, 0.1]
+    assert more_bn.custom_hooks[-1]['ratios'] == [0.25, 0.25, 0.5]
+    assert len(more_bn.custom_hooks) == len(plain.custom_hooks) + 1
+    for config in levers:
+        assert config.model == plain.model
+
+
+def test_initial_ratios_are_those_of_undecided_layers():
+    from torch import nn
+
+    from ssn_plugin import SSN
+
+    model = nn.Sequential(SSN(8, normalizers=('LN', 'GN', 'BN')), nn.Conv2d(8, 8, 1), SSN(8))
+    model[2].select('BN', 'BN')
+    kept = model[2].mean_weight.detach().clone()
+    hook = defaults_recipe.InitialRatiosHook([0.25, 0.25, 0.5])
+    hook.before_train(SimpleNamespace(iter=0, model=model))
+    for ratios in (model[0].mean_ratios, model[0].var_ratios):
+        assert ratios.tolist() == pytest.approx([0.25, 0.25, 0.5])
+    assert torch.equal(model[2].mean_weight, kept)
 
 
 @pytest.mark.parametrize(

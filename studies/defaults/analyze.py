@@ -10,6 +10,7 @@ from studies.defaults.recipe import (
     BATCHES,
     LATER_CELL,
     LATER_RULES,
+    LEVER_RULES,
     LIVE,
     LR_FACTORS,
     NORMS,
@@ -98,7 +99,7 @@ def screening_table(size: str, rows: Sequence[RowText]) -> str:
         rows: Of results.csv.
     """
     lines = []
-    for rule in (*RULES, *LATER_RULES):
+    for rule in (*RULES, *LEVER_RULES, *LATER_RULES):
         runs = [run_of(size, rule, cell, SCREENING[0]) for cell in SCREENING_CELLS]
         later = run_of(size, rule, LATER_CELL, SCREENING[0])
         cells = [_score(run, rows) for run in (*runs, later)]

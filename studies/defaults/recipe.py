@@ -3,8 +3,13 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
 
+from ssn_plugin import undecided_layers
 from studies.ledger import Row, matches
 from studies.small_batches import run as small_batches
 from studies.transfer import recipe as transfer
@@ -15,6 +20,9 @@ CANDIDATES = ('IN', 'LN', 'GN', 'BN')
 PAPER = 'IN-LN-BN@1.0'
 RULES = ('LN-GN-BN@0.3', 'IN-LN-GN-BN@0.3', 'LN-GN-BN@1.0')
 LATER_RULES = ('IN-LN-BN@0.3', 'LN-GN-BN@0.5', 'LN-GN-BN@0.15', PAPER)
+# CANDIDATES@END+LEVER: one more thing is changed.
+FULL_RATE, LATE_BEGIN, MORE_BN = 'lr', 'begin', 'BN'
+LEVER_RULES = tuple(f'{RULES[0]}+{lever}' for lever in (FULL_RATE, LATE_BEGIN, MORE_BN))
 # What a fine-tuned backbone does: of the run's own rule and on its stored statistics, the same with
 # live statistics, or that of the paper's rule, as released weights are, on its stored statistics.
 STORED, LIVE, RELEASED = 'stored', 'live', 'released'
@@ -41,7 +49,7 @@ def run_of(
 
     Args:
         size: 'cpu' or 'gpu'.
-        rule: A norm or CANDIDATES@END.
+        rule: A norm, CANDIDATES@END or CANDIDATES@END+LEVER.
         cell: Task and images per batch.
         seed: Of the run, and of the backbone that it starts from.
         backbone: STORED, LIVE or RELEASED; classification has none.
@@ -76,8 +84,9 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     if not screened:
         runs = list(_most_decisive_first(size, runs))
     runs += _confirmation(size, best)
-    runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LATER_RULES]
-    runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *LATER_RULES)]
+    later = (*LEVER_RULES, *LATER_RULES)
+    runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in later]
+    runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *later)]
     return list(_unique([*runs, *_learning_rates(size, best, rows)]))
 
 
@@ -223,12 +232,20 @@ def config_of(run: Row, data: Path, backbone: str, work_dir: Path) -> Config:
 
 
 def _set_rule(config: Config, run: Row) -> None:
-    candidates, _, end = run['rule'].partition('@')
+    rule, _, lever = run['rule'].partition('+')
+    candidates, _, end = rule.partition('@')
+    normalizers = tuple(candidates.split('-'))
     groups = transfer.SIZES[run['size']]['groups']
-    norm_cfg = dict(type='SSN', normalizers=tuple(candidates.split('-')), num_groups=groups)
+    norm_cfg = dict(type='SSN', normalizers=normalizers, num_groups=groups)
     for hook in config.custom_hooks:
         if hook['type'] == 'SSNRadiusHook':
             hook['end'] = float(end)
+            hook['begin'] = 0.1 if lever == LATE_BEGIN else 0.0
+    if lever == FULL_RATE:
+        config.optim_wrapper.paramwise_cfg.ssn_lr_mult = 1.0
+    elif lever == MORE_BN:
+        ratios = [0.5 if name == 'BN' else 0.25 for name in normalizers]
+        config.custom_hooks.append(dict(type='InitialRatiosHook', ratios=ratios))
     for part in transfer.new_parts(config.model):
         if 'norm_cfg' in part:  # not in the neck of a classifier
             part.norm_cfg = norm_cfg
@@ -236,3 +253,22 @@ def _set_rule(config: Config, run: Row) -> None:
     if run['backbone'] != RELEASED:
         backbone.norm_cfg = norm_cfg
     backbone.norm_eval = run['backbone'] in (STORED, RELEASED)
+
+
+@HOOKS.register_module()
+class InitialRatiosHook(Hook):
+    """Starts undecided layers at given ratios instead of equal ones.
+
+    Args:
+        ratios: One for each candidate; they sum to 1.
+    """
+
+    def __init__(self, ratios: Sequence[float]) -> None:
+        self.ratios = ratios
+
+    def before_train(self, runner: Runner) -> None:
+        if runner.iter == 0:  # not resumed
+            for name in undecided_layers(runner.model):
+                layer = runner.model.get_submodule(name)
+                for control in (layer.mean_weight, layer.var_weight):
+                    control.data.copy_(torch.tensor(self.ratios))
