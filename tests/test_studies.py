@@ -788,7 +788,7 @@ def test_a_lever_changes_one_thing(tmp_path):
         )
         for rule in (defaults_recipe.RULES[0], *defaults_recipe.LEVER_RULES)
     )
-    full_rate, late_begin, more_bn = levers
+    full_rate, late_begin, more_bn, renorm = levers
     assert plain.optim_wrapper.paramwise_cfg.ssn_lr_mult == 0.1
     assert full_rate.optim_wrapper.paramwise_cfg.ssn_lr_mult == 1.0
     begins = [
@@ -800,8 +800,55 @@ def test_a_lever_changes_one_thing(tmp_path):
     assert begins == [0.0, 0.1]
     assert more_bn.custom_hooks[-1]['ratios'] == [0.25, 0.25, 0.5]
     assert len(more_bn.custom_hooks) == len(plain.custom_hooks) + 1
-    for config in levers:
+    for config in levers[:3]:
         assert config.model == plain.model
+    changed = renorm.model.decode_head.norm_cfg
+    assert (changed.pop('type'), changed.pop('warm_up')) == ('BatchRenormSSN', 40)
+    assert changed == {k: v for k, v in plain.model.decode_head.norm_cfg.items() if k != 'type'}
+
+
+def test_batch_renormalisation_has_the_gradients_of_its_paper():
+    from studies.defaults.batch_renorm import BatchRenormSSN
+
+    torch.manual_seed(0)
+    layer = BatchRenormSSN(4, warm_up=10, normalizers=('LN', 'GN', 'BN')).double()
+    layer.select('BN', 'BN')
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.05, 3)
+    layer.running_var[0] = 9.0  # beyond the limit of a ratio
+    layer.num_batches_tracked.fill_(4)  # the next one is half way
+    torch.nn.init.normal_(layer.weight)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.double, requires_grad=True)
+    dy = torch.randn_like(x)
+    running_mean, running_std = layer.running_mean.clone(), (layer.running_var + layer.eps).sqrt()
+    y = layer(x)
+    dx, dweight = torch.autograd.grad(y, (x, layer.weight), dy)
+
+    rows, dout = (t.detach().transpose(0, 1).flatten(1) for t in (x, dy))
+    m = rows.shape[1]
+    mean, std = rows.mean(1), (rows.var(1, correction=0) + layer.eps).sqrt()
+    r = (std / running_std).clamp(1 / 2, 2)
+    d = ((mean - running_mean) / running_std).clamp(-2.5, 2.5)
+    centred = rows - mean[:, None]
+    normalised = centred / std[:, None] * r[:, None] + d[:, None]
+    weight = layer.weight.detach()
+    dnormalised = dout * weight[:, None]
+    dstd = (dnormalised * centred).sum(1) * -r / std**2
+    dmean = dnormalised.sum(1) * -r / std
+    wanted = (
+        dnormalised * (r / std)[:, None]
+        + dstd[:, None] * centred / (m * std)[:, None]
+        + dmean[:, None] / m
+    )
+    assert not torch.allclose(r, std / running_std)  # at least one is at its limit
+
+    def by_channel(tensor):
+        return tensor.detach().transpose(0, 1).flatten(1)
+
+    torch.testing.assert_close(by_channel(y), normalised * weight[:, None])
+    torch.testing.assert_close(by_channel(dx), wanted)
+    torch.testing.assert_close(dweight, (dout * normalised).sum(1))
+    torch.testing.assert_close(layer.running_mean, running_mean * 0.9 + mean * 0.1)
 
 
 def test_initial_ratios_are_those_of_undecided_layers():

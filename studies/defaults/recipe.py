@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from ssn_plugin import undecided_layers
+from studies.defaults import batch_renorm  # noqa: F401 - registers the layer
 from studies.ledger import Row, matches
 from studies.small_batches import run as small_batches
 from studies.transfer import recipe as transfer
@@ -21,8 +22,8 @@ PAPER = 'IN-LN-BN@1.0'
 RULES = ('LN-GN-BN@0.3', 'IN-LN-GN-BN@0.3', 'LN-GN-BN@1.0')
 LATER_RULES = ('IN-LN-BN@0.3', 'LN-GN-BN@0.5', 'LN-GN-BN@0.15', PAPER)
 # CANDIDATES@END+LEVER: one more thing is changed.
-FULL_RATE, LATE_BEGIN, MORE_BN = 'lr', 'begin', 'BN'
-LEVER_RULES = tuple(f'{RULES[0]}+{lever}' for lever in (FULL_RATE, LATE_BEGIN, MORE_BN))
+FULL_RATE, LATE_BEGIN, MORE_BN, RENORM = 'lr', 'begin', 'BN', 'renorm'
+LEVER_RULES = tuple(f'{RULES[0]}+{lever}' for lever in (FULL_RATE, LATE_BEGIN, MORE_BN, RENORM))
 # What a fine-tuned backbone does: of the run's own rule and on its stored statistics, the same with
 # live statistics, or that of the paper's rule, as released weights are, on its stored statistics.
 STORED, LIVE, RELEASED = 'stored', 'live', 'released'
@@ -246,6 +247,8 @@ def _set_rule(config: Config, run: Row) -> None:
     elif lever == MORE_BN:
         ratios = [0.5 if name == 'BN' else 0.25 for name in normalizers]
         config.custom_hooks.append(dict(type='InitialRatiosHook', ratios=ratios))
+    elif lever == RENORM:
+        norm_cfg.update(type='BatchRenormSSN', warm_up=_iterations(config) // 10)
     for part in transfer.new_parts(config.model):
         if 'norm_cfg' in part:  # not in the neck of a classifier
             part.norm_cfg = norm_cfg
@@ -253,6 +256,14 @@ def _set_rule(config: Config, run: Row) -> None:
     if run['backbone'] != RELEASED:
         backbone.norm_cfg = norm_cfg
     backbone.norm_eval = run['backbone'] in (STORED, RELEASED)
+
+
+def _iterations(config: Config) -> int:
+    if 'max_iters' in config.train_cfg:
+        return config.train_cfg.max_iters
+    folder = Path(config.train_dataloader.dataset.data_root) / 'train'
+    per_epoch = sum(1 for _ in folder.glob('*/*')) // config.train_dataloader.batch_size
+    return config.train_cfg.max_epochs * per_epoch
 
 
 @HOOKS.register_module()
