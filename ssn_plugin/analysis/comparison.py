@@ -62,7 +62,7 @@ def aligned(
     by_name = {
         source: {common_name(row.layer): row for row in rows} for source, rows in sources.items()
     }
-    # Those of the model with most layers first: it knows the place of the others' layers.
+    # Begin with the model that has most layers: its order tells where those of the others go.
     longest = sorted(by_name.values(), key=len, reverse=True)
     names = list(dict.fromkeys(name for rows in longest for name in rows))
     return names, {source: [rows.get(name) for name in names] for source, rows in by_name.items()}

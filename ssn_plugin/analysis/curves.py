@@ -10,7 +10,7 @@ from ssn_plugin.analysis.figures import new_figure, write_title
 from ssn_plugin.analysis.run_logs import RunLogs
 
 _STYLES = ('-', '--', '-.', ':')
-# Metrics by the size of objects are as many again as the others.
+# Leave out the metrics by object size, which would double the number of curves.
 _LEFT_OUT = ('_s', '_m', '_l')
 
 

@@ -23,7 +23,7 @@ STATISTIC_NAMES = {'mean': 'mean', 'var': 'variance'}
 # normalizers apart without any colour.
 NORMALIZER_COLOURS = {'IN': '#E69F00', 'LN': '#56B4E9', 'BN': '#009E73', 'GN': '#CC79A7'}
 NORMALIZER_HATCHES = {'IN': '', 'LN': '///', 'BN': '...', 'GN': 'xxx'}
-# Candidates of a file that does not name them.
+# Names that stand for candidates of a file that does not name them.
 _NUMBERED = ('#F2F2F2', '#BFBFBF', '#8C8C8C', '#595959')
 _STYLE = {
     'font.family': 'sans-serif',
@@ -74,7 +74,8 @@ def write_title(figure: Figure, title: str) -> None:
         figure: Gets it.
         title: Lines of text; the first may hold the name of a file.
     """
-    # As the title is centred, twice the legend's inch is lost; about 9.5 letters fill an inch.
+    # The legend takes one inch, and a centred title loses it on both sides; an inch holds
+    # about 9.5 letters.
     wide = max(int(9.5 * (figure.get_size_inches()[0] - 2)), 20)
     figure.suptitle('\n'.join(plain(in_lines(line, wide)) for line in title.split('\n')))
 
@@ -140,7 +141,7 @@ def mark_stages(axes: Sequence[Axes], stages: Sequence[str], first: int = 0) -> 
             linewidth=1,
             clip_on=False,
         )
-        # A stage of few columns writes its name upwards.
+        # The name of a narrow stage is written upwards.
         narrow = column - start < 0.35 * len(stages[start])
         axes[0].annotate(
             stages[start],

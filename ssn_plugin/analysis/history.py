@@ -199,7 +199,7 @@ def _with_ratios(line: Mapping, change: Callable) -> dict:
 def _rounded(ratio: float) -> float | None:
     if not math.isfinite(ratio):
         return None
-    # Only what is one may read as one: that is what "decided" means.
+    # Round down: a ratio may be shown as 1 only if it is 1, because that means decided.
     return int(ratio) if ratio in (0, 1) else min(round(ratio, 6), 0.999999)
 
 
@@ -237,7 +237,7 @@ def _runs_in(path: Path) -> dict[str, History]:
     for number, text in enumerate(texts, 1):
         line = _parsed(text)
         if line is None and number == len(texts) and runs:
-            break  # it is being written, or a kill cut it off
+            break  # the line is being written, or a kill cut it off
         name = line.get('run', next(reversed(runs), '')) if isinstance(line, dict) else ''
         if isinstance(line, dict) and _are_layers(line.get('layers')):
             about = line.get('about')

@@ -34,7 +34,7 @@ _MARKERS = {'stem': 'o', 'residual': 'o', 'shortcut': 's', 'FPN': '^', 'head': '
 _CORNERS = np.array([[0.0, 0.0], [math.sqrt(2), 0.0], [math.sqrt(0.5), math.sqrt(1.5)]])
 _CENTRE = _CORNERS.mean(0)
 INRADIUS, CIRCUMRADIUS = math.sqrt(1 / 6), math.sqrt(2 / 3)
-# Records of a long training that are drawn; more are not to be seen.
+# How many records of a long training are drawn; more could not be told apart.
 _POINTS, _CURVE_POINTS = 120, 600
 
 
@@ -84,9 +84,9 @@ def animate_simplex(
     for index in progress(spread(len(history.lines), frames)):
         drawing.show(index)
         pictures.append(Image.fromarray(as_image(drawing.figure, 72)))
-        # Once placed, nothing moves any more.
+        # Do the layout once, so that nothing moves from frame to frame.
         drawing.figure.set_layout_engine('none')
-    # One palette, that of the end, or the colours of the legend would flicker.
+    # One palette for all frames, or the colours of the legend would flicker.
     palette = pictures[-1].quantize(255)
     first, *others = (p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures)
     durations = [120] * len(others) + [2500]
@@ -109,7 +109,7 @@ def run_figure(history: History, title: str) -> Figure:
     _check(history)
     history = history.thinned(_CURVE_POINTS)
     iterations = [line['iter'] for line in history.lines]
-    # What jumps at the last record would lie on the edge of the axes.
+    # A jump at the last record would otherwise lie on the edge of the axes and not be seen.
     end = iterations[-1] + max(0.02 * (iterations[-1] - iterations[0]), 0.5)
     figure = new_figure(9.0, 8.0)
     loss, decided, shares = figure.subplots(3, 1, sharex=True)
@@ -224,7 +224,7 @@ def _most(values) -> float:
 
 
 def _draw_decided(ax: Axes, history: History, iterations: Sequence[int]) -> None:
-    lines = [*history.lines, history.lines[-1]]  # the last state goes on to the edge
+    lines = [*history.lines, history.lines[-1]]  # draw the last state up to the edge
     both = [line['decided'] for line in lines]
     ax.plot(iterations, both, color='black', drawstyle='steps-post', label='decided: both')
     styles = {'mean': ('#0072B2', '--'), 'var': ('#D55E00', '-.')}

@@ -24,7 +24,7 @@ from ssn_plugin.analysis.figures import (
 from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios
 from ssn_plugin.analysis.places import place_of
 
-# Where a figure has more layers, it goes on below.
+# A figure with more layers has several lines.
 _COLUMNS = 64
 
 
@@ -194,7 +194,7 @@ def _bars(panels: Sequence[_Panel], layers: Sequence[str], title: str, height: f
         mark_stages(axes, [place.stage for place in own], number)
         number += len(dict.fromkeys(place.stage for place in own))
         if line + 1 < lines and places[part.stop].stage == own[-1].stage:
-            number -= 1  # the stage goes on in the next line
+            number -= 1  # the stage continues in the next line
     normalizer_legend(figure, normalizers)
     write_title(figure, title)
     return figure

@@ -92,7 +92,7 @@ def _embeddable(picture: Picture, prefix: str) -> str:
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
     svg = svg.replace('url(#', f'url(#{prefix}-')
     label = picture.heading.replace('&', '&amp;').replace('"', '&quot;').replace('<', '&lt;')
-    # Smaller, its text could not be read; the box around it scrolls.
+    # Any smaller, the text could not be read; the box around the figure scrolls instead.
     width = 0.85 * float(re.search(r'\bwidth="([\d.]+)pt"', svg)[1])
     attributes = f'role="img" aria-label="{label}" style="min-width: {width:.0f}px"'
     return svg.replace('<svg', f'<svg {attributes}', 1)

@@ -66,7 +66,7 @@ def write_run_report(
         InputError: If the history is empty or a file cannot be read.
         HistoryError: If there is neither a history that can be read, nor ``rows``.
     """
-    # Only where a report is drawn: it imports jinja2.
+    # Imported here, because it needs jinja2.
     from ssn_plugin.analysis.report_page import Page, render_page
 
     history = read_history(work_dir) if rows is None else None

@@ -64,7 +64,7 @@ def candidate_names(
             many as there are ratios, unless the running statistics show that they are not.
     """
     names = (told or Candidates()).of(layer, count, state)
-    # Two candidates with running statistics are others than IN and LN.
+    # Only BN has running statistics, so these names cannot be right.
     if ('BN' in names) < (f'{layer}.running_mean' in state) or not names:
         return tuple(map(str, range(count)))
     return names

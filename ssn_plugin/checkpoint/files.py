@@ -129,9 +129,10 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool 
     check_writable(path, overwrite)
     try:
         with whole_file(path) as temporary, open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)  # given a name, it would write that into the file
+            # Given a path, torch.save would write its name into the file.
+            torch.save(checkpoint, file)
     except (OSError, RuntimeError, pickle.PicklingError) as error:
-        # The zip writer raises a RuntimeError of its own over what the disk said.
+        # torch's zip writer hides the error of the disk in a RuntimeError.
         cause = error
         while isinstance(cause, RuntimeError) and cause.__context__ is not None:
             cause = cause.__context__

@@ -98,7 +98,7 @@ def _kinds_of(state: Mapping[str, Tensor]) -> str:
     """How many norms of which kind, such as '53 BN, 4 LN or GN'."""
     resnet = describe(state).depth is not None
     kinds = Counter(
-        # LayerNorm and GroupNorm hold the same; only a name can tell them apart.
+        # LayerNorm and GroupNorm have the same entries; only a name can tell them apart.
         'LN or GN'
         if kind == 'GN' and not resnet and not re.search(r'(?:^|\.)gn\d*$', name)
         else kind

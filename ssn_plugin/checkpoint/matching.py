@@ -128,7 +128,8 @@ def _by_order(
     left = [place for place in ours if place not in fitting]
     over = [place for place in theirs if place not in taken]
     wanted = [_shapes(ours[place]) for place in left]
-    if not any('norm' in shapes for shapes in wanted):  # two heads may look alike by chance
+    # Without norm layers two heads may look alike by chance.
+    if not any('norm' in shapes for shapes in wanted):
         return ()
     usable = [place for place in over if _shapes(theirs[place]) in wanted][: len(left)]
     if [_shapes(theirs[place]) for place in usable] != wanted:
@@ -229,7 +230,7 @@ def _new_parts(missing: list[str], loaded: Mapping[str, Tensor]) -> tuple[str, .
     return tuple(
         key
         for key in missing
-        # A block by its number or a whole stage is missed, not new.
+        # Blocks and stages are numbered: one that the file lacks is missing, not new.
         if any(not p.isdigit() and p not in known for p in _same_names(key).split('.')[1:-1])
     )
 

@@ -59,7 +59,7 @@ def publish_backbone(
     released(source)
     weights = weights_in(checkpoint, str(source))
     state, left_out = backbone_of(weights)
-    # Views would drag their whole storage into the file.
+    # torch.save writes the whole storage of a view into the file, so copy.
     state = OrderedDict((key, value.detach().clone().contiguous()) for key, value in state.items())
     layout = describe(state)
     if not layout.norms:
@@ -77,7 +77,7 @@ def publish_backbone(
     if out.suffix != '.pth':
         raise CheckpointError(f'{out}: expected a name that ends in .pth')
     path = out.with_name(f'{out.stem}-{_digest(state)[:8]}.pth')
-    write_checkpoint({'meta': meta, 'state_dict': state}, path, overwrite=True)  # the same content
+    write_checkpoint({'meta': meta, 'state_dict': state}, path, overwrite=True)  # named by its hash
     entry = weights_entry(checkpoint)
     return Published(
         path,

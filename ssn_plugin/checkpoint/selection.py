@@ -97,7 +97,8 @@ def _choice(
     ratios = ratios_in(state, layer, statistic, kind)
     radius = float(state.get(f'{layer}.radius', 0))
     decided = kind == 'SSN' and bool(state[f'{layer}.{statistic}_fixed'].any())
-    # What control parameters alone make one-hot is no choice yet, nor what a softmax rounds to.
+    # Without the flag or the radius, one-hot ratios are no choice yet: control parameters can
+    # pass through them, and a softmax can round to them.
     if kind == 'SN' or not (decided or is_one_hot_radius(radius, len(ratios))) or 1.0 not in ratios:
         return None
     return candidate_names(state, layer, len(ratios), told)[ratios.index(1.0)]

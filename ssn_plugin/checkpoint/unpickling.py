@@ -24,19 +24,19 @@ from ssn_plugin.errors import CheckpointError
 from ssn_plugin.torch_versions import allow_only
 
 ALLOW_PICKLE = 'SSN_ALLOW_PICKLE'
-# Both are overruled: whether code may run is said by ALLOW_PICKLE alone.
+# Both variables of torch are overruled: ALLOW_PICKLE alone says whether code may run.
 _FORCES = ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
 _load = torch.load
 
 _GETATTR = 'builtins.getattr'
 _CONFIG_DICT = 'mmengine.config.config.ConfigDict'
 _HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
-# Harmless whatever they are given; an empty array needs bytes.
+# These are harmless with any argument; an empty array needs bytes.
 _PLAIN = {f'builtins.{each.__name__}': each for each in (bytes, slice)}
 # What a training run of mmengine (log histories, meta information of a data set) or an old script
 # (a best accuracy as a numpy scalar) puts beside the weights.
 _BESIDE_WEIGHTS = (
-    _GETATTR,  # of the statistics that a log history knows
+    _GETATTR,  # a log history names its statistics by it
     _CONFIG_DICT,
     _HISTORY,
     *(
@@ -159,7 +159,7 @@ def _reader(
         except (CheckpointError, FileNotFoundError):
             raise
         except Exception as error:
-            # Zip reader, unpickler and storages each raise errors of their own.
+            # The zip reader, the unpickler and the storages each raise other errors.
             raise explain_load_error(str(path), error) from error
         return _without_program(read) if whole_run else read
 
@@ -230,8 +230,8 @@ def explain_load_error(path: str, error: Exception) -> CheckpointError:
         )
     if 'invalid load key' in text or 'Unsupported operand' in text:
         return CheckpointError(f'{path}: not a checkpoint of torch')
-    # A file that ends early makes readers of zip, pickle and storages fail in ways of their own;
-    # seeking before its beginning is one.
+    # In a file that ends early the zip reader, the unpickler and the storages raise different
+    # errors; one is that they seek to before its beginning.
     of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL
     if isinstance(error, EOFError) or not (of_disk or '://' in path):
         return CheckpointError(f'{path}: truncated, or not a checkpoint of torch')
@@ -243,14 +243,14 @@ def _ends_early(path: str) -> bool:
     """Whether a file of torch's old format ends within its pickles, maybe amid a type's name."""
     try:
         with open(path, 'rb') as file:
-            if file.peek(2)[:2] == b'PK':  # a zip, which fails in another way
+            if file.peek(2)[:2] == b'PK':  # a zip file, whose reader reports a missing end itself
                 return False
             for _ in range(5):  # magic number, protocol, system, what was saved, keys of storages
                 for _ in pickletools.genops(file):
                     pass
                 if not file.peek(1):
                     break
-    except OSError:  # an address
+    except OSError:  # the name is an address
         return False
     except ValueError:
         return True

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-INCOMPLETE = '.incomplete'  # the end of the name of a file that is still being written
+INCOMPLETE = '.incomplete'  # suffix of a file that is still being written
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    # A random part, because two processes may write the same file.
+    # The name has a random part, because two processes may write the same file.
     temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}{INCOMPLETE}')
     try:
         yield temporary
@@ -50,7 +50,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # A full disk names no file, and nobody knows the temporary one.
+        # Name the file that the user asked for: a full disk names none, other errors the
+        # temporary one.
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -64,7 +65,7 @@ def _sync_folder(folder: Path) -> None:
         return
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems cannot do it; a broken disk says EIO
+    except OSError as error:  # some network file systems have no fsync; EIO is a broken disk
         if error.errno == errno.EIO:
             raise
     finally:

@@ -51,7 +51,7 @@ def find_foldable(model: nn.Module, run: Callable[[nn.Module], object]) -> list[
     finally:
         flow.remove_hooks()
     flow.exclude_alive()
-    del outputs  # until here what they hold was alive
+    del outputs  # until here the tensors had to live, so that no storage was reused
     return flow.pairs()
 
 
@@ -144,7 +144,7 @@ def _checked(model: nn.Module, pairs: Iterable[tuple[str, str]]) -> dict[_BatchN
 
 @torch.no_grad()
 def _folded_parameters(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    # In float64, as nothing is gained by rounding more than once, and on the CPU, as MPS has none.
+    # In float64, to round only once, and on the CPU, because MPS has no float64.
     # Torch's fuse_conv_bn_weights is not used, because it rounds several times, and scales the
     # wrong channels of a transposed convolution with groups.
     def exact(tensor: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _folded_parameters(conv: _ConvNd, norm: _BatchNorm) -> tuple[Tensor, Tensor]
         per_input = scale.view(conv.groups, 1, -1).expand(-1, len(weight) // conv.groups, -1)
         scale = per_input.reshape(weight.shape[:2])
     scale = scale.view(*scale.shape, *(1,) * (weight.dim() - scale.dim()))
-    scaled = torch.empty_like(weight).copy_(exact(weight) * scale)  # the same strides
+    scaled = torch.empty_like(weight).copy_(exact(weight) * scale)  # keeps the strides
     return scaled, shift.to(weight)
 
 
@@ -203,7 +203,7 @@ class _Flow(TorchDispatchMode):
             if self._is_candidate(module):
                 self._add(name, module)
             elif not module._modules and type(module) is not nn.Identity:
-                # It may read its input by other means than operators of torch.
+                # Other modules may read their input without an operator of torch.
                 self._hooks.append(
                     module.register_forward_pre_hook(
                         lambda _, *inputs: self._exclude_sources(inputs), with_kwargs=True
@@ -234,7 +234,7 @@ class _Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with self:  # in inference mode composite operators come in whole
+        with self:  # in inference mode composite operators arrive undivided
             result = function.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -243,7 +243,7 @@ class _Flow(TorchDispatchMode):
         read = _storages((args, kwargs))
         for storage in read & self._owners.keys():
             if call is None or call.name not in self._owners[storage]:
-                self._excluded |= self._owners[storage]  # used behind the layer's back
+                self._excluded |= self._owners[storage]  # something else than the layer reads them
         if call is None or isinstance(self._layers[call.name], _ConvNd):
             self._exclude_sources(args, kwargs)
         if call is not None and read:
@@ -277,7 +277,7 @@ class _Flow(TorchDispatchMode):
             if plain and all(a is b for a, b in zip(args[1:5], own, strict=True)):
                 source = self._outputs.get(StorageWeakRef(args[0].untyped_storage()))
                 if source is not None and result[0] is output:
-                    # A view of the source would have been an operator more.
+                    # If it were a view, another operator would have been recorded in between.
                     self._norms_after[source].add(call.name)
                     self._convs_before[call.name].add(source)
                     return

@@ -77,7 +77,8 @@ def write_onnx(
                 opset_version=opset,
                 input_names=[INPUT],
                 output_names=list(outputs),
-                dynamic_shapes=(_SIZES,),  # it recorded them; this names them
+                # The program has dynamic sizes already; the exporter needs their names.
+                dynamic_shapes=(_SIZES,),
                 verbose=False,
             )
             recorded.model.metadata_props.update(notes or {})
@@ -85,7 +86,7 @@ def write_onnx(
         except OSError:
             raise
         except Exception as error:
-            # Recorder, exporter and the network's own code raise errors of their own.
+            # The recorder, the exporter and the network's code raise all kinds of errors.
             raise ExportError(f'cannot be recorded: {_first_line(error)}') from error
     found = [size if isinstance(size, int) else 0 for size in recorded.model.graph.inputs[0].shape]
     if any(found[dim] for dim in _SIZES):
@@ -104,14 +105,14 @@ def run_onnx(path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
     """
     _, runtime = _packages()
     options = runtime.SessionOptions()
-    options.log_severity_level = 3  # errors; warnings tell of its own optimisations
+    options.log_severity_level = 3  # errors only: its warnings are about its own optimisations
     try:
         session = runtime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         return [
             [torch.from_numpy(y) for y in session.run(None, {INPUT: x.numpy()})] for x in inputs
         ]
     except Exception as error:
-        # The runtime raises a class of its own for each of its status codes.
+        # The runtime has an exception class for each of its status codes, without a common base.
         raise ExportError(f'ONNX Runtime cannot run it: {_first_line(error)}') from error
 
 
@@ -161,7 +162,7 @@ def _group_norm(
 
 
 def _first_line(error: Exception) -> str:
-    while error.__cause__ is not None:  # the exporter wraps what happened into advice
+    while error.__cause__ is not None:  # the exporter wraps the true cause into advice
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f'{type(error).__name__}: {(lines or [""])[0][:300]}'

@@ -84,7 +84,7 @@ class AveragedCopies:
         place, pairs = _pairs_by_name(theirs, ours)
         if pairs and (averages or name in self._known or _equal(inner, model.get_submodule(place))):
             return Copy(name, inner, pairs)
-        # An average of several parts in a row has names of its own.
+        # An average over several parts numbers its layers itself, so names do not match.
         trained = [layer for layer in ours.values() if layer.mean_weight.requires_grad]
         if averages and _alike(trained, list(theirs.values())):
             return Copy(name, inner, list(zip(trained, theirs.values(), strict=True)))

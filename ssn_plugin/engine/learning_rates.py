@@ -34,15 +34,15 @@ def keep_ratios(optim_wrapper, schedulers) -> None:
 
 def _keep_ratio(scheduler: _ParamScheduler, mults: list[float]) -> None:
     groups = scheduler.optimizer.param_groups
-    mults = mults + [1.0] * (len(groups) - len(mults))  # mmengine adds one that is for the log
+    mults = mults + [1.0] * (len(groups) - len(mults))  # mmengine adds a group for the log
     if isinstance(scheduler, OneCycleParamScheduler):
-        if len({group['max_lr'] for group in groups}) == 1:  # no list of the user's own
+        if len({group['max_lr'] for group in groups}) == 1:  # otherwise the user gave a list
             scheduler.__class__ = _scaled(type(scheduler))
-            if scheduler.last_step == 0:  # set when it was built
+            if scheduler.last_step == 0:  # its constructor has set the initial rates already
                 for group, mult in zip(groups, mults, strict=True):
                     group['lr'] *= mult
     elif isinstance(scheduler, ReduceOnPlateauParamScheduler):
-        if len(set(scheduler.min_values)) == 1:  # not so in a resumed run
+        if len(set(scheduler.min_values)) == 1:  # in a resumed run they are scaled already
             scheduler.min_values = [
                 value * mult for value, mult in zip(scheduler.min_values, mults, strict=True)
             ]

@@ -94,7 +94,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         control = _trained_control_parameters(model)
         known = {id(parameter) for parameter in control.values()}
         wrapper.ssn_lr_mults = []
-        # In the groups that were built, because these hold the optimizer's own defaults too.
+        # Read from the groups that were built, because these hold the optimizer's defaults too.
         for group in optimizer.param_groups:
             mult = self.paramwise_cfg['ssn_lr_mult'] if id(group['params'][0]) in known else 1.0
             wrapper.ssn_lr_mults.append(mult)
@@ -129,8 +129,8 @@ class _Clipping:
         self.control = control
         self.max_norm = max_norm
         self.said = False
-        # The optimizer's step is where every wrapper has accumulated and unscaled, whatever its
-        # type.
+        # Wrappers differ in how they accumulate and unscale, but all have done so when they call
+        # the optimizer's step.
         wrapper.optimizer.register_step_pre_hook(self.before_step)
         if wrapper.clip_grad_kwargs:
             self.clip_all = wrapper._clip_grad  # called by the wrapper on unscaled gradients

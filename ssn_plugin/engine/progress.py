@@ -15,7 +15,7 @@ def iterations(runner, batch_idx: int) -> tuple[int, int]:
         batch_idx: Number of the batch that hooks are given.
     """
     if isinstance(getattr(runner, 'train_loop', None), EpochBasedTrainLoop):
-        # Not by the loader, some of which count by drawing all indices.
+        # len() of the loader would do, but some batch samplers draw all indices to find it.
         length = runner.max_iters // max(runner.max_epochs, 1)
         return runner.epoch * length + batch_idx, runner.max_iters
     return runner.iter, runner.max_iters

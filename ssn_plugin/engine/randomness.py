@@ -76,7 +76,7 @@ def _placed(index: object, place: tuple[int, int]) -> object:
 @functools.cache
 def _placing(kind: type[Sampler]) -> type[Sampler]:
     """A kind of sampler whose indices carry their place and whose order follows from a seed."""
-    # These have generators of their own, seeded anew for every pass.
+    # mmengine's samplers have generators of their own, which they seed anew for every pass.
     draws_alone = issubclass(kind, DefaultSampler | InfiniteSampler)
 
     class Placing(kind):
@@ -87,17 +87,18 @@ def _placing(kind: type[Sampler]) -> type[Sampler]:
         def __iter__(self) -> Iterator:
             own_pass, indices = self.run_pass, None
             if issubclass(kind, InfiniteSampler):
-                # It keeps one generator, which ends with the first iteration that is given up.
+                # It keeps one generator, which ends when an iteration over it is broken off.
                 self.indices = islice(self._indices_of_rank(), self.run_next, None)
             for number in count(self.run_next):
                 with self._seeded(own_pass, number):
-                    # Some draw when the iteration begins.
+                    # Some samplers draw all random numbers when the iteration begins.
                     indices = super().__iter__() if indices is None else indices
                     index = next(indices, None)
                 if index is None:
                     self.run_pass, self.run_next = own_pass + 1, 0
                     return
-                self.run_next = number + 1  # one that goes on for ever does so if begun again
+                # An infinite sampler goes on here when it is iterated again.
+                self.run_next = number + 1
                 yield _placed(index, (own_pass, number))
 
         def begin(self, number: int) -> None:
@@ -119,7 +120,7 @@ def _placing(kind: type[Sampler]) -> type[Sampler]:
                 yield
                 return
             with preserved_generators():
-                # The same numbers in every process: each takes its share of one order.
+                # Every process needs the same numbers, because each takes its share of one order.
                 torch.default_generator.manual_seed(_seed(self.run_seed, _ORDER, *place))
                 yield
 
@@ -164,7 +165,7 @@ class SeededItems:
 
     def _load(self, index: int | tuple):
         if isinstance(index, _PlacedNumber | _PlacedTuple):
-            # Without those of GPUs, which a worker process must not touch.
+            # Only the CPU's generator: a worker process must not touch a GPU.
             torch.default_generator.manual_seed(_seed(*self.seed, *index.place))
             index = tuple(index) if isinstance(index, tuple) else int(index)
         return self.dataset[index]
@@ -180,11 +181,11 @@ def seed_samples(loader: DataLoader, seed: int) -> bool:
     if not isinstance(sampler, Sampler) or isinstance(loader.dataset, IterableDataset):
         return False
     try:
-        # Where a loader looks for a way to load a whole batch.
+        # A DataLoader calls this method, where there is one, to load a whole batch.
         loader.dataset.__getitems__ = SeededItems(loader.dataset, seed)
-    except AttributeError:  # a list has no room for it
+    except AttributeError:  # a list takes no new attributes
         return False
     place_indices(sampler, seed)
-    # Workers that stay, of a loader that has begun before, would load by the data set as it was.
+    # Persistent workers have a copy of the data set from before; make the loader start new ones.
     loader._iterator = None
     return True

@@ -19,7 +19,7 @@ from ssn_plugin.layers.sync_ssn import SyncSSN
 from ssn_plugin.models.collapsed_model import NAME as COLLAPSED
 
 _OTHER_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-# Up to which IN and BN are nearly the same in training.
+# With this many images per process, or fewer, IN and BN are nearly the same in training.
 _FEW_IMAGES = 4
 _SSN_TYPES = ('SSN', 'SSN1d', 'SSN2d', 'SSN3d', 'SyncSSN')
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from ssn_plugin.layers.switchable import SwitchableNorm
 
-# As the codebases of OpenMMLab call the freezing of running statistics.
+# Arguments of OpenMMLab's backbones that freeze running statistics.
 _SETTINGS = ('norm_eval', 'partial_bn')
 
 

@@ -67,11 +67,11 @@ def code_version(folder: Path) -> str:
         ).stdout.strip()
 
     try:
-        if not git('ls-files', '.'):  # within a checkout of something else
+        if not git('ls-files', '.'):  # the folder lies in a checkout of another project
             return f'v{__version__}'
         commit = git('rev-parse', '--short=8', 'HEAD')
         return f'{commit}-dirty' if git('status', '--porcelain', ':/*.py') else commit
-    except (FileNotFoundError, subprocess.CalledProcessError):  # no git, no checkout
+    except (FileNotFoundError, subprocess.CalledProcessError):  # there is no git, or no checkout
         return f'v{__version__}'
 
 

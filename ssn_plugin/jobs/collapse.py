@@ -30,7 +30,7 @@ from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.models.collapsed_model import NAME, collapsed_config
 from ssn_plugin.version import __version__
 
-# Of the largest output. A network of some fifty layers turns roundings into a few 1e-6.
+# As a part of the largest output. In some fifty layers rounding errors grow to a few 1e-6.
 TOLERANCE = 1e-5
 # Folded weights are rounded once more, before instead of after they are multiplied by the input.
 FOLD_TOLERANCE = 1e-4
@@ -177,7 +177,7 @@ def _as_text(settings: Config, config: str) -> tuple[str, Config]:
     try:
         text = settings.pretty_text
         return text, Config.fromstring(text, '.py')
-    except Exception as error:  # of mmengine, of its formatter, of what the text says
+    except Exception as error:  # mmengine, its formatter and the config's code raise anything
         raise InputError(
             f'config: {config} cannot be written as text: {in_one_line(error)}'
         ) from error

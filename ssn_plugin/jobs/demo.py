@@ -90,7 +90,7 @@ def run_demo(task: str, work_dir: Path) -> DemoResult:
     try:
         demo_data = import_demo_data()
         config = load_config(str(CLONE / demo.config))
-        framework_script(config, 'train.py')  # complains where the framework is missing
+        framework_script(config, 'train.py')  # ends here with a message if the framework is missing
         check_work_dir(str(work_dir))
         demo_data.make_demo_dataset(DATA_ROOT)
     except (ImportError, OSError) as error:

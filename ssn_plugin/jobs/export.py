@@ -30,7 +30,7 @@ from ssn_plugin.jobs.sample_images import sample_batches, sample_images
 from ssn_plugin.jobs.trained_model import build_model, load_strictly, model_settings
 from ssn_plugin.layers.switchable import SwitchableNorm
 
-# Of the largest value of an output.
+# As a part of the largest value of an output.
 TOLERANCE = 1e-4
 _IMAGES = 2
 
@@ -192,7 +192,7 @@ def _count_outputs(network: nn.Module, x: Tensor, config: str) -> int:
         with torch.no_grad():
             outputs = network(x)
     except Exception as error:
-        # Heads that want more than features fail in ways of their own.
+        # Heads that need more than features raise all kinds of errors.
         raise InputError(
             f'config: the network of {config} does not run on images alone: {in_one_line(error)}'
         ) from error

@@ -32,7 +32,7 @@ from ssn_plugin.jobs.preflight import (
 )
 from ssn_plugin.jobs.processes import join_processes, leave_processes, with_options
 
-# Where the name to install is not that to import.
+# Packages that are installed by another name than they are imported by.
 _DISTRIBUTIONS = {
     'mmdet': 'onedl-mmdetection (or mmdet)',
     'mmseg': 'onedl-mmsegmentation (or mmsegmentation)',

@@ -66,7 +66,7 @@ def check_constructor(config: Config) -> None:
 def _is_registered(registry, kind: str) -> bool:
     try:
         return registry.get(kind) is not None
-    except (ImportError, KeyError):  # of a scope that is not there
+    except (ImportError, KeyError):  # the scope's package is not installed
         return False
 
 
@@ -86,14 +86,14 @@ def check_norms(model: nn.Module, name: str, path: str, checkpoint: Mapping) -> 
     try:
         loaded = weights_in(checkpoint, path)
     except CheckpointError:
-        return  # no state dict: whoever loads it knows what it is
+        return  # it is no state dict, so its reader expects something else
     own = model.state_dict()
     found = re.match(r'model\.(.+?)\.(init_cfg|pretrained)\b', name)
     if found:
         part = model.get_submodule(found[1])
         if isinstance(part, SSNResNetMixin):
             return  # it accounts for every key itself, and takes files of more kinds
-        # A backbone of its own, or out of a whole model.
+        # The file holds a backbone, or a whole model with a backbone in it.
         loaded = {key.removeprefix('backbone.'): value for key, value in loaded.items()}
         loaded = {f'{found[1]}.{key}': value for key, value in loaded.items()}
         own = {key: value for key, value in own.items() if key.startswith(f'{found[1]}.')}

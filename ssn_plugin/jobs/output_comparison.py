@@ -136,7 +136,7 @@ def _run(step: Callable, batch: dict) -> object:
 
 def _outputs(model: nn.Module, batch: dict, decisions: dict) -> dict[tuple[str, int], object]:
     """Outputs of the network, or of its parts, each with the number of the call."""
-    with contextlib.suppress(InputError):  # heads that want more than features, or cannot say
+    with contextlib.suppress(InputError):  # heads that need more than features, or raise
         return {('', 0): _run(lambda batch: _network_outputs(model, batch, decisions), batch)}
     outputs: dict = {}
     with _recorded_calls(model, outputs), _shared_decisions(model, decisions):

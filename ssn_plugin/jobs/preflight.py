@@ -127,7 +127,7 @@ def check_checkpoints(
     for key, switch, path, initial in wanted:
         if '://' in path and int(os.environ.get('LOCAL_RANK', 0)) != 0:
             continue
-        # Parts that read files while they are built read other things than state dicts too.
+        # A part that reads a file while it is built may expect something else than a state dict.
         checkpoint = check_checkpoint(
             key,
             path,

@@ -63,7 +63,7 @@ def wrapper_options(config: Config) -> list[str]:
     """KEY=VALUE pairs that make the config's model wrapper one for the CPU."""
     wrapper = config.get('model_wrapper_cfg') or {}
     if wrapper.get('type', _WRAPPER) != _WRAPPER:
-        return []  # it knows of no device_ids
+        return []  # other wrappers have no device_ids
     given = dict(
         type=_WRAPPER,
         device_ids=None,

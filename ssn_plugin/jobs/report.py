@@ -40,8 +40,8 @@ def _read_config(path: Path | None) -> Config | None:
     if path is None:
         return None
     try:
-        # What it imports may not be here; nothing is built of it.
+        # The packages that it imports may be missing here, and the report builds nothing.
         return Config.fromfile(str(path), import_custom_modules=False)
     except Exception:
-        # A dump may hold values that are no Python. Its text is shown all the same.
+        # A dumped config may hold values that are no valid Python; its text can still be shown.
         return None

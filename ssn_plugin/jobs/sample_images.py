@@ -77,7 +77,7 @@ def _test_data_set(config: Config) -> Dataset:
 def _reading_the_data_set() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the registry's, or of the data set's own code
+    except Exception as error:  # from the registry or from the data set's own code
         raise InputError(
             f'images: cannot read the test data set: {in_one_line(error)}; name images by --images'
         ) from error
@@ -101,7 +101,7 @@ def sample_batches(config: Config, images: Sequence[str | int]) -> Iterator[dict
         try:
             yield pseudo_collate([read(image if isinstance(image, int) else (image, index))])
         except Exception as error:
-            # Decoders and transforms raise errors of their own.
+            # Decoders and transforms raise all kinds of errors.
             raise InputError(f'images: cannot read {image}: {in_one_line(error)}') from error
 
 

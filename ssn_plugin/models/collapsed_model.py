@@ -12,7 +12,7 @@ from ssn_plugin.deploy.fold import fold_batch_norms
 from ssn_plugin.models.pretrained import pretrained_entries, without_pretrained
 
 NAME = 'CollapsedSSN'
-# What they do ends with the training.
+# Hooks of ours that a collapsed model does not need.
 _TRAINING_HOOKS = (
     'SSNRadiusHook',
     'SSNRatioHook',
@@ -82,7 +82,7 @@ def collapsed_config(
     model = config.model
     _drop_pretrained(model)
     kind = model.type
-    # A class, in configs that are Python with imports.
+    # In configs of the new style the type is a class.
     model.base = kind if isinstance(kind, str) else f'{kind.__module__}.{kind.__qualname__}'
     model.type = NAME
     model.choices = {name: tuple(pair) for name, pair in choices.items()}

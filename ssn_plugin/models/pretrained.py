@@ -50,7 +50,7 @@ def load_checkpoint(path: str, allow_pickle: bool = False) -> dict:
         except CheckpointError:
             raise
         except Exception as error:
-            # A name unknown to the scheme, no network.
+            # The scheme does not know the name, or there is no network.
             raise explain_load_error(path, error) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, expected a dict')
@@ -103,7 +103,7 @@ def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], path: str)
         CheckpointError: If a layer refuses what it is given.
     """
     try:
-        backbone.load_state_dict(state, strict=False)  # it holds the classifier too
+        backbone.load_state_dict(state, strict=False)  # the file holds the classifier too
     except RuntimeError as error:
         raise CheckpointError(f'{path}: {" ".join(str(error).split())}') from error
     if hasattr(backbone, '_params_init_info'):
@@ -131,14 +131,15 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
     own, state = backbone.state_dict(), fitted.state
     new = check_match(own, state, path)
     told, traits = told_traits(checkpoint), traits_of(backbone)
-    if ratio is None:  # a warm start took those of the layers
+    if ratio is None:  # a warm start uses the candidates of the layers
         _check_candidates(told, traits, path)
     warn_of_padding(backbone, checkpoint, path)
     chosen = selections(
         {key: value for key, value in state.items() if key in own},
         Candidates(backbone=tuple(traits.get('normalizers', ()))),
     )
-    if ratio is None and 'normalizers' in told:  # the record of the layers is lost in a copy
+    # A copied state dict has lost the layers' own record.
+    if ratio is None and 'normalizers' in told:
         state._metadata = {name: {'normalizers': told['normalizers']} for name in chosen}
     counters = sum(key.endswith('.num_batches_tracked') for key in own)  # released files have none
     decided = sum(None not in selection for selection in chosen.values())

@@ -17,7 +17,7 @@ from ssn_plugin.models.pretrained import (
     without_pretrained,
 )
 
-# Each has a module FRAMEWORK_resnet here.
+# For each there is a module FRAMEWORK_resnet in this folder.
 _FRAMEWORKS = ('mmdet', 'mmseg', 'mmpretrain', 'mmpose')
 
 
@@ -121,7 +121,7 @@ def build_ssn_resnet(**kwargs) -> nn.Module:
     current = DefaultScope.get_current_instance()
     scope = None if current is None else current.scope_name
     if scope not in _FRAMEWORKS:
-        # Code that builds a backbone by hand may have set no scope.
+        # Code that builds a backbone without a Runner may have set no scope.
         installed = (framework for framework in _FRAMEWORKS if importlib.util.find_spec(framework))
         taken = next(installed, _FRAMEWORKS[0])
         if scope not in (None, 'mmengine'):

@@ -104,7 +104,7 @@ class SSNCheckpointHook(CheckpointHook):
                 self._remove(self.file_backend.join_path(self.out_dir, name))
 
     def _save_best_checkpoint(self, runner, metrics: dict) -> None:
-        if not self._trains:  # validated alone, there is nothing to save
+        if not self._trains:  # a run that only validates has nothing to save
             return
         if not isinstance(self.file_backend, WholeFileBackend):
             super()._save_best_checkpoint(runner, metrics)
@@ -133,7 +133,7 @@ class SSNCheckpointHook(CheckpointHook):
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
             elif self.file_backend.isdir(path):
-                self.file_backend.rmtree(path)  # those of deepspeed are folders
+                self.file_backend.rmtree(path)  # deepspeed's checkpoints are folders
         except OSError as error:
             print_log(
                 f'SSNCheckpointHook: {path}: cannot be removed: {error.strerror or error}',

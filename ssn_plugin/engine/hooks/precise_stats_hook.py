@@ -80,7 +80,7 @@ class PreciseStatsHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
-        runner._hooks = list(runner.hooks)  # the one that is being gone through stays as it is
+        runner._hooks = list(runner.hooks)  # a new list: mmengine is iterating over the old one
         runner.register_hook(_TakeBack(self))
 
     def before_train(self, runner) -> None:
@@ -96,7 +96,7 @@ class PreciseStatsHook(Hook):
                 f'PreciseStatsHook: train_dataloader: got a {kind} without a batch sampler, '
                 'expected data that are drawn by index'
             )
-        if not isinstance(batches.batch_size, int):  # mmdet has one that mixes several data sets
+        if not isinstance(batches.batch_size, int):  # mmdet's MultiDataSampler has a list
             raise ValueError(
                 f'PreciseStatsHook: train_dataloader: got a {type(batches).__name__} with the '
                 f'batch sizes {batches.batch_size}, expected one batch size'
@@ -157,7 +157,7 @@ class PreciseStatsHook(Hook):
         Args:
             runner: mmengine's Runner.
         """
-        self.take_back()  # where a loop of another kind ends without that
+        self.take_back()  # for loops that do not call after_val_epoch
         self._validated = None
 
     def _estimate(self, runner, model: nn.Module) -> '_Averages':
@@ -166,7 +166,7 @@ class PreciseStatsHook(Hook):
         batches = min(self.num_batches, _full_batches(loader))
         wrappers = runner.optim_wrapper
         wrappers = wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]
-        # Without devices given it would touch every GPU of the machine.
+        # Without this list, fork_rng would create a context on every GPU of the machine.
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with preserved_generators(), torch.random.fork_rng(devices):
             seed_iteration(runner.seed, runner.iter)
@@ -197,7 +197,7 @@ class PreciseStatsHook(Hook):
     def _working_copy(self, runner, model: nn.Module) -> nn.Module:
         try:
             return _copy_sharing_weights(model)
-        except Exception as error:  # of whatever a model holds
+        except Exception as error:  # a model may hold anything, and raise anything
             if not self._said:
                 self._said = True
                 reason = ' '.join(str(error).split())[:200]
@@ -270,7 +270,7 @@ def _copy_sharing_weights(model: nn.Module) -> nn.Module:
     """A copy in which all but what an optimizer trains may change."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     for parameter in model.parameters():
-        if not parameter.requires_grad:  # an average within the model, that it updates itself
+        if not parameter.requires_grad:  # perhaps a moving average that the forward pass updates
             del shared[id(parameter)]
     for module in model.modules():
         for value in (*vars(module).values(), *module._buffers.values()):
@@ -278,7 +278,7 @@ def _copy_sharing_weights(model: nn.Module) -> nn.Module:
                 shared[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, shared)
     for module in copied.modules():
-        # Compiled, it is bound to the model that it was taken from.
+        # A compiled forward is bound to the original model.
         if hasattr(vars(module).get('forward'), '_torchdynamo_orig_callable'):
             del module.forward
     return copied
@@ -310,8 +310,8 @@ def _loader_like(loader: DataLoader, seed: int, iteration: int) -> DataLoader:
     size = min(batches.batch_size, len(sampler))
     ours = DataLoader(
         dataset,
-        # Not dropped here: mmdet's sampler drops batches of mixed shape too, and so not as many in
-        # every process.
+        # With drop_last, mmdet's AspectRatioBatchSampler drops batches of mixed shape too, and
+        # their number differs between processes.
         batch_sampler=type(batches)(sampler, batch_size=size, drop_last=False),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -347,25 +347,26 @@ class _Average:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         size = len(layer.running_mean)
-        # The count and the sums of both statistics; on the CPU, as MPS has no float64.
+        # The count and the sums of both statistics, on the CPU because MPS has no float64.
         self.total = torch.zeros(1 + 2 * size, dtype=torch.float64)
         self.held = False
         self.forget()
 
     def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
-        if not layer.training:  # put into evaluation mode within the pass: a teacher
+        if not layer.training:  # the model itself puts some layers into evaluation mode: a teacher
             self.held = True
             return
-        # With a momentum of one they are those of this batch.
+        # The momentum is 1 here, so the running statistics are those of this batch.
         found = torch.cat((layer.running_mean.new_ones(1), layer.running_mean, layer.running_var))
         found = found.cpu()
         if args[0].numel() and bool(found.isfinite().all()):
             self.total += found
-        # SyncSSN meets numbers of other processes without one of its own.
+        # Also for an empty batch: SyncSSN has taken over what the other processes saw.
         self.forget()
 
     def forget(self) -> None:
-        # Zero times NaN would stay NaN. What is held in evaluation mode goes on to use its own.
+        # A NaN would survive the next update, because 0 * NaN is NaN. Other values are kept,
+        # because a layer that the model puts into evaluation mode still needs them.
         if not bool(torch.cat((self.layer.running_mean, self.layer.running_var)).isfinite().all()):
             self.layer.running_mean.zero_()
             self.layer.running_var.fill_(1)
@@ -400,7 +401,8 @@ def _restored_buffers(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer, value in places:
             module._buffers[name] = buffer
-            # A write would make decided layers forget what the CPU knows of them.
+            # Write only where the value differs: after a write to its flags a decided layer has
+            # to read them again, which waits for the GPU.
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
 

@@ -61,7 +61,7 @@ class SSNRadiusHook(Hook):
         self.end = end
         self.start_radius = start_radius
         self.end_radius = end_radius
-        self.radius_at(0, 2)  # raises for what is no schedule
+        self.radius_at(0, 2)  # raises if the arguments are no schedule
         self._copies = AveragedCopies()
         self._passed = 0
 
@@ -83,7 +83,7 @@ class SSNRadiusHook(Hook):
             checkpoint: What was loaded; a warm start gets the model's names.
         """
         fit_loaded(unwrapped(runner.model), checkpoint)
-        if runner._resume:  # which parts of the model were found to be copies before
+        if runner._resume:  # the checkpoint tells which parts of the model are averaged copies
             known = checkpoint.get('meta', {}).get('averaged_copies', ())
             self._copies = AveragedCopies(tuple(known))
         if 'state_dict' in checkpoint:
@@ -105,7 +105,8 @@ class SSNRadiusHook(Hook):
                 'SSNRadiusHook: the model has no SSN layer, so there is no radius to set. '
                 "Is norm_cfg=dict(type='SSN') missing?"
             )
-        # Two ratios on a circle cannot move: the first gradient would decide.
+        # With two candidates the constraint leaves the ratios two points: the first gradient would
+        # decide the layer.
         pairs = [layer for layer in layers if len(layer.normalizers) == 2]
         if pairs and self.begin == 0 and self.end_radius > 0:
             runner.logger.warning(
@@ -130,7 +131,8 @@ class SSNRadiusHook(Hook):
                     its_copy.radius.copy_(layer.radius)
                 else:
                     copy_selection(layer, its_copy)
-            if self._passed == 2 and averaged.has_new_statistics():  # it had its updates by now
+            # After two iterations it must have been updated.
+            if self._passed == 2 and averaged.has_new_statistics():
                 runner.logger.warning(
                     f'SSNRadiusHook: {averaged.name}: nobody averages its running statistics, '
                     'which BN uses in evaluation; let whoever averages it take buffers along, as '

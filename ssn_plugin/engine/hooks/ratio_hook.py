@@ -144,7 +144,7 @@ class SSNRatioHook(Hook):
         if not self.report or self._history is None:
             return
         try:
-            # Here, so that a training that draws nothing needs no matplotlib.
+            # Imported here, so that a training without figures needs no matplotlib.
             from ssn_plugin.analysis.run_report import figure_images, write_run_report
 
             work_dir = Path(runner.work_dir)
@@ -152,7 +152,7 @@ class SSNRatioHook(Hook):
                 runner.visualizer.add_image(name, image, step=runner.iter)
             path = write_run_report(work_dir, runner.cfg)
         except Exception as error:
-            # Whatever it is: the training it reports on has come to its end and is worth more.
+            # No error of the report may end the program: the training is done and worth more.
             reason = ' '.join(str(error).split())[:300]
             runner.logger.warning(
                 f'SSNRatioHook: no report of {runner.work_dir}: {type(error).__name__}: {reason}'
@@ -219,13 +219,13 @@ def importance_scalars(
                 per_layer[f'ssn/{row.layer}/{statistic}/{normalizer}'] = ratio
                 by_normalizer.setdefault(normalizer, []).append(ratio)
     radii = {row.layer: row.radius for row in rows if row.radius is not None}
-    # A frozen stage keeps the radius of its pretraining, which is that of no schedule here.
+    # A frozen stage keeps the radius of its pretraining, which no schedule of this run sets.
     scheduled = [r for n, r in radii.items() if model.get_submodule(n).mean_weight.requires_grad]
     summary = {
         'ssn_radius': max(scheduled or radii.values(), default=0.0),
         'ssn_decided': float(sum(row.decided for row in rows)),
     }
-    # Over all layers, those without the candidate too, or the shares would not sum to 1.
+    # Layers without the candidate count as 0, or the shares would not sum to 1.
     count = len(STATISTICS) * len(rows)
     summary |= {f'ssn_{n}': sum(ratios) / count for n, ratios in by_normalizer.items()}
     return summary, per_layer
