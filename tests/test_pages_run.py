@@ -116,6 +116,6 @@ def test_own_segmentation_data_by_its_page(clone):
         f'--show-dir pictures --cfg-options {options}',
         clone,
     )
-    assert len(list((clone / 'tested').rglob('*.png'))) == 2
+    assert len(list((clone / 'pictures').rglob('*.png'))) == 2
     decided = run('python tools/analyze_selection.py own', clone)
     assert 'decode_head.image_pool' in decided
