@@ -301,7 +301,7 @@ def test_names_in_backticks_exist():
 
 def test_files_that_pages_name_exist():
     pattern = re.compile(
-        r'\b((?:tools|configs|docs|benchmarks|studies|tests|ssn_plugin|requirements)/[\w./+-]+'
+        r'(?<!\.mim/)\b((?:tools|configs|docs|benchmarks|studies|tests|ssn_plugin|requirements)/[\w./+-]+'
         r'\.(?:py|md|sh|txt|csv))\b'
     )
     named, missing = set(), []
