@@ -144,7 +144,9 @@ def _packages() -> tuple:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch's exporter imports it)
     except ImportError as error:
-        raise ExportError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from error
+        raise ExportError(
+            f'{error.name} is missing: pip install onnx onnxruntime onnxscript'
+        ) from error
     return onnx, onnxruntime
 
 

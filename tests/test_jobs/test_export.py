@@ -106,7 +106,7 @@ def test_what_is_refused_before_the_model_is_built(source, tmp_path, monkeypatch
     assert 'no such file or folder: nowhere' in refused(InputError, source, out, images=['nowhere'])
     monkeypatch.setitem(sys.modules, 'onnxscript', None)
     said = refused(ExportError, source, out)
-    assert said == "onnxscript is missing: pip install onnx onnxruntime onnxscript"
+    assert said == 'onnxscript is missing: pip install onnx onnxruntime onnxscript'
     monkeypatch.undo()
     out.write_text('kept')
     with pytest.raises(CheckpointError, match='exists already; name another file or give --over'):
