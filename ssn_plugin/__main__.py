@@ -40,7 +40,7 @@ def main() -> None:
         sys.exit(2)
     tool = runpy.run_path(str(_TOOLS / f'{name}.py'), run_name=name)
     sys.argv = [f'{_PROGRAM} {name}', *sys.argv[2:]]  # what its usage shows
-    tool['main']()
+    sys.exit(tool['main']())
 
 
 if __name__ == '__main__':

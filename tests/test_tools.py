@@ -2,10 +2,13 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from tool_runs import TOOLS, run, run_here
+
+from ssn_plugin import __main__ as command
 
 NAMES = sorted(path.name for path in TOOLS.iterdir() if path.suffix in ('.py', '.sh'))
 SCRIPTS = [name for name in NAMES if name.endswith('.py')]
@@ -82,6 +85,17 @@ def test_an_error_is_one_line(name):
     assert name in WRONG, f'tools/{name}: give it wrong arguments and what it says to them in WRONG'
     here = name.endswith('.py') and name != 'setup_env.py'
     assert_one_line(name, *(run_here if here else run)(name, *WRONG[name][0]))
+
+
+@pytest.mark.usefixtures('folder')
+@pytest.mark.parametrize('name', command.tools())
+def test_it_ends_in_the_same_way_without_a_clone(name, monkeypatch):
+    arguments, code, _ = WRONG[f'{name}.py']
+    monkeypatch.setattr(sys, 'argv', ['ssn_plugin', name, *arguments])
+    monkeypatch.setattr(os, 'environ', os.environ.copy())
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    assert (1 if isinstance(stop.value.code, str) else stop.value.code) == code
 
 
 @pytest.mark.usefixtures('folder')

@@ -21,3 +21,5 @@ AUTOCAST_DTYPES = (
     ),
     pytest.param(torch.bfloat16, id='torch.bfloat16'),
 )
+# Of torch.onnx.export: the exporter that mmdeploy uses, the only one before there was this choice.
+TORCHSCRIPT = dict(dynamo=False) if VERSION >= (2, 5) else {}

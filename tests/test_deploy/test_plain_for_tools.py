@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from random_state import randomize_affine_and_running
+from since import TORCHSCRIPT
 from torch import nn
 
 from ssn_plugin import SN, SSN, SSN1d, SSN2d, SSN3d, collapse_ssn
@@ -121,7 +122,7 @@ def test_exact_in_onnx_by_the_torchscript_exporter(choice, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.onnx.export(
-            model, (torch.randn(1, 64, 20, 24),), path, opset_version=17, dynamo=False,
+            model, (torch.randn(1, 64, 20, 24),), path, opset_version=17, **TORCHSCRIPT,
             input_names=['x'], output_names=['y'],
             dynamic_axes={'x': {0: 'n', 2: 'h', 3: 'w'}},
         )  # fmt: skip

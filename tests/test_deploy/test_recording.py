@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from random_state import randomize_affine_and_running
+from since import TORCHSCRIPT
 from torch import nn
 
 from ssn_plugin import SN, SSN, SSN1d, SyncSSN, collapse_ssn, hold_ratios, set_radius
@@ -96,7 +97,7 @@ def test_the_torchscript_exporter_takes_what_was_not_collapsed(kind, opset, tmp_
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         torch.onnx.export(
-            model, (torch.randn(2, 3, 20, 24),), path, opset_version=opset, dynamo=False,
+            model, (torch.randn(2, 3, 20, 24),), path, opset_version=opset, **TORCHSCRIPT,
             input_names=['x'], output_names=['y'], dynamic_axes={'x': {0: 'n', 2: 'h', 3: 'w'}},
         )  # fmt: skip
     session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])

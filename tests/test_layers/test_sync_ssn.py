@@ -19,6 +19,7 @@ from ssn_plugin import (
     sparsestmax,
 )
 from ssn_plugin.ops import reference
+from ssn_plugin.torch_versions import HAS_CUSTOM_OPS
 
 # Relative, of a whole tensor; dx of few elements may be what is left of terms of the size of dy.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -34,6 +35,8 @@ def found(request, tmp_path_factory) -> list[dict]:
     world, backend = request.param
     if backend == 'triton':
         pytest.importorskip('triton')
+        if not HAS_CUSTOM_OPS:
+            pytest.skip('the kernels: torch 2.4 or newer')
     folder = tmp_path_factory.mktemp('processes')
     return run_processes(run_cases, world, folder, backend, seconds=300)
 

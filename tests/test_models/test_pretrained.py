@@ -538,8 +538,10 @@ def test_code_is_not_run(framework, file, tmp_path, legacy, monkeypatch):
 def test_code_outside_any_checkpoint_is_not_run(framework, file, tmp_path):
     file.write_bytes(pickle.dumps(Marker(tmp_path / 'ran'), protocol=2))
     assert 'it holds a pickled posix.system ' in message_of(framework, str(file))
-    file.write_bytes(pickle.dumps(Marker(tmp_path / 'ran')))  # torch has no files of this protocol
-    assert 'not a checkpoint of torch' in message_of(framework, str(file))
+    # Torch has no files of this protocol; the unpickler that stands in before 2.6 reads it.
+    file.write_bytes(pickle.dumps(Marker(tmp_path / 'ran')))
+    said = message_of(framework, str(file))
+    assert re.search('not a checkpoint of torch|it holds a pickled posix.system ', said)
     assert not (tmp_path / 'ran').exists()
 
 
