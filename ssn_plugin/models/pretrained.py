@@ -150,8 +150,7 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
     )
     lines = [
         f'SSNResNet: {count} weights and buffers filled from {path}, '
-        f'a {describe(state)}; '
-        f'{decided} of its {len(chosen)} switchable layers are decided and stay so',
+        f'a {describe(state)}{_told_decided(decided, len(chosen))}',
         *fitted.lines,
     ]
     if new:
@@ -160,6 +159,15 @@ def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, 
     if left_out:
         lines.append(f'left out of the file: {by_part(left_out)}')
     return state, '; '.join(lines)
+
+
+def _told_decided(decided: int, layers: int) -> str:
+    if not layers:
+        return ''
+    if not decided:
+        return f'; its {layers} switchable layers are mixtures'
+    rest = '' if decided == layers else ', the others are mixtures'
+    return f'; {decided} of its {layers} switchable layers are decided{rest}'
 
 
 def _weights_of(entry: dict, checkpoint: Mapping) -> OrderedDict[str, Tensor]:

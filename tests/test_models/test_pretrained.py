@@ -22,6 +22,7 @@ from ssn_plugin import SN, SSN, set_radius, undecided_layers
 from ssn_plugin.checkpoint import release
 from ssn_plugin.checkpoint.publish import publish_backbone
 from ssn_plugin.errors import CheckpointError
+from ssn_plugin.models.pretrained import _told_decided
 
 # As the released weights were trained, and as the shipped transfer configs have it.
 RELEASE = dict(type='SSN', correction=1, momentum=0.003)
@@ -272,7 +273,19 @@ def test_the_log_tells_what_was_loaded(file, caplog, monkeypatch):
     (line,) = said
     assert f'all {count} weights and buffers filled from {path}' in line
     assert 'ResNet-18 with SSN' in line
-    assert f'{decided} of its 20 switchable layers are decided' in line
+    assert f'{decided} of its 20 switchable layers are decided, the others are mixtures' in line
+
+
+@pytest.mark.parametrize(
+    ('decided', 'layers', 'told'),
+    [
+        (20, 20, '; 20 of its 20 switchable layers are decided'),
+        (0, 20, '; its 20 switchable layers are mixtures'),
+        (0, 0, ''),
+    ],
+)
+def test_how_many_are_decided_in_words(decided, layers, told):
+    assert _told_decided(decided, layers) == told
 
 
 # ---------------------------------------------------------------- the selection stays
