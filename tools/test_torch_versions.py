@@ -67,7 +67,12 @@ def main() -> None:
         '--folder', metavar='DIR', type=Path, default=ROOT, help='where the environments are made'
     )
     parser.add_argument('--keep', action='store_true', help='leave them there')
-    parser.add_argument('--pytest', metavar='ARG', nargs='+', help='what pytest is to run instead')
+    parser.add_argument(
+        '--pytest',
+        metavar='ARG',
+        nargs=argparse.REMAINDER,
+        help='all that follows, for pytest instead of the tests of layers and functions',
+    )
     args = parser.parse_args()
     if not args.folder.is_dir():
         sys.exit(f'test_torch_versions.py: --folder: no such folder: {args.folder}')

@@ -33,7 +33,7 @@ def _work(
 
 
 def run_processes(
-    function: Callable, world: int, folder: Path, *arguments: object, seconds: float = 60
+    function: Callable, world: int, folder: Path, *arguments: object, seconds: float = 180
 ) -> list:
     """Results of ``function(rank, world, *arguments)``, one per process.
 
