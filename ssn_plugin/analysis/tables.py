@@ -83,18 +83,18 @@ def selection_table(rows: Sequence[LayerRatios], title: str) -> 'Table':
     table = Table(title=title, title_justify='left', header_style='bold')
     for heading in ('#', 'C'):
         table.add_column(heading, justify='right')
-    for heading in ('stage', 'layer', 'mean', 'variance', 'frozen'):
+    for heading in ('stage', 'layer', 'mean', 'variance', 'decided'):
         table.add_column(heading, no_wrap=heading != 'layer', overflow='fold')
     for depth, row in enumerate(rows, 1):
         place = row.place
-        frozen = {(True, True): 'both', (True, False): 'mean', (False, True): 'variance'}
+        decided = {(True, True): 'both', (True, False): 'mean', (False, True): 'variance'}
         table.add_row(
             str(depth),
             '' if row.channels is None else str(row.channels),
             place.stage,
             place.label,
             *(shown_ratios(row, statistic) for statistic in STATISTICS),
-            frozen.get((row.mean_fixed, row.var_fixed), ''),
+            decided.get((row.mean_fixed, row.var_fixed), ''),
             end_section=depth < len(rows) and rows[depth].place.stage != place.stage,
         )
     return table
