@@ -15,6 +15,7 @@ from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
 from ssn_plugin.functional import sparsestmax, switchable_norm
 from ssn_plugin.layers.convert import convert_batch_norm, convert_sync_ssn, revert_sync_ssn
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
+from ssn_plugin.layers.running_statistics import replace_statistics
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.ssn import SSN, SSN1d, SSN2d, SSN3d
 from ssn_plugin.layers.switch_norm import SN
@@ -55,6 +56,7 @@ __all__ = [
     'fold_batch_norms',
     'hold_ratios',
     'radius_at',
+    'replace_statistics',
     'revert_sync_ssn',
     'set_radius',
     'sparsestmax',

@@ -18,12 +18,16 @@ from ssn_plugin import SSN, copy_selection, set_radius, undecided_layers
 PAGE = Path(__file__).parents[1] / 'docs' / 'without-mmengine.md'
 
 
-def recipe(heading: str, folder: Path) -> Path:
-    """The code under a heading, as a script."""
+def code(heading: str) -> str:
+    """The code under a heading."""
     section = PAGE.read_text().split(f'\n## {heading}\n')[1].split('\n## ')[0]
     (text,) = re.findall(r'^```python\n(.*?)^```', section, re.DOTALL | re.MULTILINE)
+    return text
+
+
+def recipe(heading: str, folder: Path) -> Path:
     path = folder / 'recipe.py'
-    path.write_text(text)
+    path.write_text(code(heading))
     return path
 
 
@@ -195,3 +199,15 @@ def test_an_average_is_decided_as_the_model_is(use_buffers):
         copy_selection(model, averaged.module)
     assert None not in model[1].selected
     assert averaged.module[1].selected == model[1].selected
+
+
+def test_an_average_gets_running_statistics_of_its_own():
+    """As the page writes it; torch's ``update_bn`` leaves SSN as it is."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), SSN(8))
+    averaged = AveragedModel(model)
+    loader = [(torch.randn(4, 3, 9, 9), torch.zeros(4)) for _ in range(5)]
+    exec(code('Averaged models'), dict(averaged=averaged, loader=loader))
+    with torch.no_grad():
+        means = [model[0](images).mean((0, 2, 3)) for images, _ in loader]
+    torch.testing.assert_close(averaged.module[1].running_mean, torch.stack(means).mean(0))
+    assert not model[1].running_mean.any()

@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from ssn_plugin import SSN, convert_sync_ssn
-from ssn_plugin.engine.hooks.precise_stats_hook import replace_statistics
+from ssn_plugin import SSN, convert_sync_ssn, replace_statistics
 
 
 def network() -> nn.Sequential:

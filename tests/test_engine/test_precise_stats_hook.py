@@ -24,12 +24,11 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from demo_data import make_demo_dataset
-from ssn_plugin import SN, SSN, SelectedNorm, set_radius
+from ssn_plugin import SN, SSN, SelectedNorm, replace_statistics, set_radius
 from ssn_plugin.engine.hooks.precise_stats_hook import (
     PreciseStatsHook,
     _full_batches,
     _loader_like,
-    replace_statistics,
 )
 from ssn_plugin.engine.randomness import preserved_generators, seed_iteration
 

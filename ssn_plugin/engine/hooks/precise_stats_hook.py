@@ -3,27 +3,22 @@
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from mmengine.dataset import DefaultSampler
-from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from ssn_plugin.engine.averaged_copies import averaged_models
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.engine.progress import is_last_iteration
 from ssn_plugin.engine.randomness import preserved_generators, seed_iteration, seed_samples
-from ssn_plugin.layers.selected_norm import SelectedNorm
-from ssn_plugin.layers.switchable import SwitchableNorm
-
-_KINDS = ('running_mean', 'running_var')
+from ssn_plugin.layers.running_statistics import KINDS, batch_averages, write_statistics
 
 
 class PreciseStatsHook(Hook):
@@ -115,7 +110,7 @@ class PreciseStatsHook(Hook):
         if is_last_iteration(runner, batch_idx):
             for model in (unwrapped(runner.model), *averaged_models(runner)):
                 averages = self._estimate(runner, model)
-                averages.write(model)
+                write_statistics(model, averages.statistics)
                 self._last.append(averages)
             self._trains = False  # what follows is validated with these
 
@@ -132,7 +127,7 @@ class PreciseStatsHook(Hook):
             known = (averages for averages in self._last if averages.are_of(model.state_dict()))
             self._validated = next(known, None)
         if self._validated is not None:
-            self._before = self._validated.write(model)
+            self._before = write_statistics(model, self._validated.statistics)
 
     def take_back(self) -> None:
         """Put the statistics of the training back, while the model is still the one validated."""
@@ -242,27 +237,15 @@ class _Averages(NamedTuple):
         return {
             f'{name}.{kind}': value.to(state[f'{name}.{kind}'])
             for name, pair in self.statistics.items()
-            for kind, value in zip(_KINDS, pair, strict=True)
+            for kind, value in zip(KINDS, pair, strict=True)
         }
-
-    @torch.no_grad()
-    def write(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """The averages become the statistics; returns buffers and what they were."""
-        before = []
-        for name, pair in self.statistics.items():
-            layer = model.get_submodule(name)
-            for kind, value in zip(_KINDS, pair, strict=True):
-                buffer = getattr(layer, kind)
-                before.append((buffer, buffer.clone()))
-                buffer.copy_(value)
-        return before
 
 
 def _vectors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: value.clone()
         for name, value in state.items()
-        if value.dim() == 1 and not name.endswith(_KINDS)
+        if value.dim() == 1 and not name.endswith(KINDS)
     }
 
 
@@ -328,144 +311,3 @@ def _loader_like(loader: DataLoader, seed: int, iteration: int) -> DataLoader:
 def _full_batches(loader: DataLoader) -> int:
     """With how many full batches a loader begins at least; the same number in every process."""
     return len(loader.batch_sampler.sampler) // loader.batch_sampler.batch_size
-
-
-def _uses_running_statistics(layer: nn.Module) -> bool:
-    if not isinstance(layer, _BatchNorm | SwitchableNorm | SelectedNorm):
-        return False
-    if layer.running_mean is None or not layer.training:
-        return False
-    if not isinstance(layer, SwitchableNorm):
-        return True
-    bn = layer.normalizers.index('BN')
-    return bool(layer.mean_ratios[bn] > 0 or layer.var_ratios[bn] > 0)
-
-
-class _Average:
-    """Sums over the calls of a layer, by a forward hook."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        size = len(layer.running_mean)
-        # The count and the sums of both statistics, on the CPU because MPS has no float64.
-        self.total = torch.zeros(1 + 2 * size, dtype=torch.float64)
-        self.held = False
-        self.forget()
-
-    def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
-        if not layer.training:  # the model itself puts some layers into evaluation mode: a teacher
-            self.held = True
-            return
-        # The momentum is 1 here, so the running statistics are those of this batch.
-        found = torch.cat((layer.running_mean.new_ones(1), layer.running_mean, layer.running_var))
-        found = found.cpu()
-        if args[0].numel() and bool(found.isfinite().all()):
-            self.total += found
-        # Also for an empty batch: SyncSSN has taken over what the other processes saw.
-        self.forget()
-
-    def forget(self) -> None:
-        # A NaN would survive the next update, because 0 * NaN is NaN. Other values are kept,
-        # because a layer that the model puts into evaluation mode still needs them.
-        if not bool(torch.cat((self.layer.running_mean, self.layer.running_var)).isfinite().all()):
-            self.layer.running_mean.zero_()
-            self.layer.running_var.fill_(1)
-
-    def result(self) -> tuple[Tensor, Tensor] | None:
-        count, sums = self.total[0], self.total[1:]
-        return None if count == 0 else (sums / count).chunk(2)
-
-
-@contextlib.contextmanager
-def _in_training_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def _restored_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers are what they were afterwards, those that a module replaced by others, too."""
-    places = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, value in places:
-            module._buffers[name] = buffer
-            # Write only where the value differs: after a write to its flags a decided layer has
-            # to read them again, which waits for the GPU.
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-@torch.no_grad()
-def batch_averages(
-    model: nn.Module, forward: Callable, batches: Iterable
-) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """Averages of the means and variances of batches, over all processes where there are several.
-
-    Args:
-        model: Any module; its buffers and modes are afterwards what they were.
-        forward: Called with every batch, in training mode.
-        batches: What to average over.
-
-    Returns:
-        Name of a layer -> mean and variance, and the names of the layers that no batch gave finite
-        ones.
-    """
-    with _in_training_mode(model), _restored_buffers(model):
-        averages = {
-            name: _Average(layer)
-            for name, layer in model.named_modules()
-            if _uses_running_statistics(layer)
-        }
-        momenta = {name: average.layer.momentum for name, average in averages.items()}
-        handles = [average.layer.register_forward_hook(average) for average in averages.values()]
-        try:
-            for average in averages.values():
-                average.layer.momentum = 1.0
-            for batch in batches:
-                forward(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, average in averages.items():
-                average.layer.momentum = momenta[name]
-    if averages:
-        joined = torch.cat([average.total for average in averages.values()])
-        all_reduce(joined)
-        sizes = [len(average.total) for average in averages.values()]
-        for average, total in zip(averages.values(), joined.split(sizes), strict=True):
-            average.total = total
-    results = {name: average.result() for name, average in averages.items()}
-    found = {name: result for name, result in results.items() if result is not None}
-    return found, [n for n, a in averages.items() if n not in found and not a.held]
-
-
-def replace_statistics(
-    model: nn.Module, forward: Callable, batches: Iterable
-) -> tuple[dict[Tensor, Tensor], list[str]]:
-    """Replace running statistics by averages of the statistics of batches.
-
-    Over all processes, where there are several; no other buffer of the model changes.
-
-    Args:
-        model: Any module.
-        forward: Called with every batch, in training mode.
-        batches: What to average over.
-
-    Returns:
-        The buffers that were replaced -> what they were, and the names of the layers that no batch
-        gave finite statistics.
-    """
-    averages, unused = batch_averages(model, forward, batches)
-    return dict(_Averages(averages, {}).write(model)), unused
