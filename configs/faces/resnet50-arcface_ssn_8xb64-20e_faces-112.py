@@ -8,9 +8,8 @@ _base_ = [
     '../_base_/ssn_training.py',
 ]
 model = dict(
-    backbone=dict(norm_cfg=dict(_delete_=True, type='SSN')),
-    # Of one number per sample and channel IN has a variance of 0: it is no candidate here.
-    neck=dict(norm_cfg=dict(_delete_=True, type='SSN1d', normalizers=('LN', 'BN', 'GN'))),
+    backbone=dict(norm_cfg=dict(_base_.ssn_norm, _delete_=True)),
+    neck=dict(norm_cfg=dict(_base_.ssn_norm, _delete_=True, type='SSN1d')),
     head=dict(num_classes={{_base_.num_classes}}),
 )
 optim_wrapper = {{_base_.ssn_optim_wrapper}}

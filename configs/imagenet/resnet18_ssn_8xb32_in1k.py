@@ -11,14 +11,13 @@ model = dict(
     backbone=dict(
         # The running statistics move by 0.003 a step, as the authors trained: an average over the
         # last 330 batches. At 2 images per GPU the usual 0.1 would average 20 images.
-        norm_cfg=dict(_delete_=True, type='SSN', momentum=0.003),
+        norm_cfg=dict(_base_.ssn_norm, _delete_=True, momentum=0.003),
     ),
 )
 optim_wrapper = {{_base_.ssn_optim_wrapper}}
 default_hooks = {{_base_.ssn_default_hooks}}
 custom_hooks = [
-    # As the authors trained: candidates (IN, LN, BN), and a radius that grows over the whole run.
-    dict(type='SSNRadiusHook'),
+    _base_.custom_hooks[0],
     # As in ssn_training.py, with fewer records: a run has 500k iterations.
     dict(type='SSNRatioHook', interval=100),
     _base_.custom_hooks[2],

@@ -85,10 +85,13 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     if not screened:
         runs = list(_most_decisive_first(size, runs))
     runs += _confirmation(size, best)
-    later = (*LEVER_RULES, *LATER_RULES)
-    runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in later]
-    runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *later)]
-    return list(_unique([*runs, *_learning_rates(size, best, rows)]))
+    cells = (*SCREENING_CELLS, LATER_CELL)
+    runs += [run_of(size, rule, cell, seed) for cell in cells for rule in LEVER_RULES]
+    runs += _learning_rates(size, best, rows)
+    runs += _other_backbones(size, best)
+    runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LATER_RULES]
+    runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *LATER_RULES)]
+    return list(_unique(runs))
 
 
 def _most_decisive_first(size: str, screening: Sequence[Row]) -> Iterator[Row]:
@@ -118,12 +121,16 @@ def _confirmation(size: str, rule: str) -> Iterator[Row]:
         for norm in NORMS:
             if possible(norm, cell):
                 yield run_of(size, norm, cell, 2)
+
+
+def _other_backbones(size: str, rule: str) -> Iterator[Row]:
     for kind in (RELEASED, LIVE):
         for seed in CONFIRMATION:
             if kind == RELEASED:
                 yield run_of(size, PAPER, ('cls', PRETRAINED_BATCH), seed)
-            for cell in tuned:
-                yield run_of(size, rule, cell, seed, kind)
+            for task in ('seg', 'det'):
+                for batch in reversed(BATCHES[task]):
+                    yield run_of(size, rule, (task, batch), seed, kind)
 
 
 def _learning_rates(size: str, rule: str, rows: Sequence[Row]) -> Iterator[Row]:

@@ -76,11 +76,15 @@ def backbone_of(run: Row, work_dir: Path) -> str:
     Raises:
         CheckpointError: If its pre-training has not been run there.
     """
-    source = work_dir / name_of(pretraining_of(run))
-    epochs = small_batches.SIZES[run['size']]['epochs']
+    source = _pretrained_file(run, work_dir)
     out = work_dir / 'backbones'
     out.mkdir(parents=True, exist_ok=True)
-    return str(publish_backbone(source / f'epoch_{epochs}.pth', out / f'{source.name}.pth').path)
+    return str(publish_backbone(source, out / f'{source.parent.name}.pth').path)
+
+
+def _pretrained_file(run: Row, work_dir: Path) -> Path:
+    epochs = small_batches.SIZES[run['size']]['epochs']
+    return work_dir / name_of(pretraining_of(run)) / f'epoch_{epochs}.pth'
 
 
 def main() -> None:
@@ -108,7 +112,7 @@ def main() -> None:
     parser.add_argument(
         '--ahead',
         action='store_true',
-        help='go on with the runs behind those that need the other environment',
+        help='go on with the runs behind those that need the other environment or its weights',
     )
     add_run_arguments(parser, 'defaults')
     args = parser.parse_args()
@@ -125,8 +129,9 @@ def main() -> None:
         while not budget.spent:
             rows = read(results)
             left = [r for r in plan(args.size, rows) if not any(matches(row, r) for row in rows)]
-            taken = filter if args.ahead else itertools.takewhile
-            here = list(taken(lambda run: _is_here(run['task']), left))
+            here = list(itertools.takewhile(lambda run: _is_here(run['task']), left))
+            if args.ahead:
+                here = [run for run in left if _is_ready(run, args.work_dir)]
             if not here:
                 print(f'next: {name_of(left[0])}' if left else 'nothing left to do')
                 return
@@ -142,6 +147,12 @@ def main() -> None:
 
 def _is_here(task: str) -> bool:
     return importlib.util.find_spec(PACKAGES[task]) is not None
+
+
+def _is_ready(run: Row, work_dir: Path) -> bool:
+    """Whether the environment can run it and the backbone that it starts from is there."""
+    trains_backbone = run['task'] == 'cls'
+    return _is_here(run['task']) and (trains_backbone or _pretrained_file(run, work_dir).is_file())
 
 
 if __name__ == '__main__':
