@@ -95,14 +95,15 @@ def test_undecided_layers_that_do_not_learn(make_runner):
     assert 'frozen_stages=-1' in block
 
 
+def single_images(collate_fn: object) -> dict:
+    """A data loader."""
+    sampler = dict(type='InfiniteSampler')
+    loader = dict(batch_size=1, num_workers=0, sampler=sampler, collate_fn=collate_fn)
+    return loader | dict(dataset=dict(type='ToyImages'))
+
+
 def test_one_image_per_process(make_runner):
-    loader = dict(
-        dataset=dict(type='ToyImages'),
-        sampler=dict(type='InfiniteSampler'),
-        batch_size=1,
-        num_workers=0,
-        collate_fn=dict(type='default_collate'),
-    )
+    loader = single_images(dict(type='default_collate'))
     block = trained(make_runner, train_dataloader=loader)
     assert 'WARNING images per process: 1, and 2 SSN layers have yet to select between' in block
     assert "normalizers=('LN', 'GN', 'BN')" in block
@@ -323,7 +324,7 @@ def test_labels_that_are_nobodys_business():
         start_check.check_labels(head, batch)
 
 
-def test_labels_stop_a_training_at_its_first_step(make_runner, monkeypatch):
+def test_labels_stop_a_training_at_its_first_step(make_runner):
     class HeadNet(BaseModel):
         def __init__(self) -> None:
             super().__init__()
@@ -334,10 +335,10 @@ def test_labels_stop_a_training_at_its_first_step(make_runner, monkeypatch):
             raise AssertionError('not reached')
 
     runner = make_runner(
-        hooks=HOOKS, optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)), model=HeadNet()
-    )
-    monkeypatch.setattr(
-        runner.train_dataloader, 'collate_fn', lambda batch: dict(data_samples=[segmentation(3)])
+        hooks=HOOKS,
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        model=HeadNet(),
+        train_dataloader=single_images(lambda batch: dict(data_samples=[segmentation(3)])),
     )
     with pytest.raises(InputError, match='label 3'):
         runner.train()
