@@ -11,6 +11,13 @@ from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.export import TOLERANCE, export_onnx
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def main() -> None:
     """Parse, export, print."""
     parser = argparse.ArgumentParser(
@@ -49,6 +56,15 @@ def main() -> None:
         help='largest difference of an output, relative to its largest value (default: '
         '%(default)s)',
     )
+    parser.add_argument(
+        '--size',
+        metavar=('HEIGHT', 'WIDTH'),
+        type=_positive,
+        nargs=2,
+        help='of all images, for a network that cannot be written for every size, such as one that '
+        'pools to a grid',
+    )
+    parser.add_argument('--batch', metavar='N', type=_positive, help='the same for images at once')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT')
     parser.add_argument(
         '--allow-pickle', action='store_true', help='run code that is in CKPT, if you trust it'
@@ -65,6 +81,8 @@ def main() -> None:
                 args.tolerance,
                 args.overwrite,
                 args.allow_pickle,
+                args.size and tuple(args.size),
+                args.batch,
             )
     except (CheckpointError, ExportError, InputError) as error:
         sys.exit(f'export_onnx.py: {error}')

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,10 +239,10 @@ def _runs_in(path: Path) -> dict[str, History]:
         if line is None and number == len(texts) and runs:
             break  # the line is being written, or a kill cut it off
         name = line.get('run', next(reversed(runs), '')) if isinstance(line, dict) else ''
+        name = name if isinstance(name, str) else ''
         if isinstance(line, dict) and _are_layers(line.get('layers')):
-            about = line.get('about')
             runs.pop(name, None)
-            runs[name] = History(line['layers'], about if isinstance(about, dict) else {}, [])
+            runs[name] = History(line['layers'], _facts(line.get('about')), [])
         elif not runs:
             raise HistoryError(f'{path}: is no history of SSNRatioHook')
         elif name not in runs or not _is_record(line, runs[name].layers):
@@ -258,18 +258,36 @@ def _parsed(text: str) -> object:
     try:
         # Older versions wrote NaN, which is not JSON.
         return json.loads(text, parse_constant=lambda _: None)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
+def _facts(about: object) -> dict:
+    """What a line tells of its run, as far as it is of the kind that it has to be."""
+    kinds = dict(max_iters=int, versions=dict)
+    about = about if isinstance(about, dict) else {}
+    return {n: v for n, v in about.items() if isinstance(v, kinds.get(n, object))}
+
+
 def _are_layers(value: object) -> bool:
-    names = {'layer', 'normalizers', 'channels', 'sparse'}
-    return isinstance(value, list) and all(isinstance(v, dict) and names <= v.keys() for v in value)
+    kinds = dict(layer=str, normalizers=list, channels=int | None, sparse=bool)
+    return isinstance(value, list) and all(
+        isinstance(layer, dict)
+        and all(name in layer and isinstance(layer[name], kinds[name]) for name in kinds)
+        and all(isinstance(name, str) for name in layer['normalizers'])
+        for layer in value
+    )
+
+
+def _are_numbers(values: Iterable) -> bool:
+    return all(isinstance(value, int | float | None) for value in values)
 
 
 def _is_record(line: object, layers: Sequence[Mapping]) -> bool:
     """Whether a line has the state of each layer after some iteration."""
     if not isinstance(line, dict) or not {'radius', 'decided', 'loss'} <= line.keys():
+        return False
+    if not _are_numbers((line['radius'], line['decided'], line['loss'])):
         return False
     flags, ratios = (
         [line.get(f'{statistic}{what}') for statistic in STATISTICS] for what in ('_fixed', '')
@@ -279,8 +297,9 @@ def _is_record(line: object, layers: Sequence[Mapping]) -> bool:
         and all(
             isinstance(values, list) and len(values) == len(layers) for values in flags + ratios
         )
+        and all(map(_are_numbers, flags))
         and all(
-            isinstance(own, list) and len(own) == len(layer['normalizers'])
+            isinstance(own, list) and len(own) == len(layer['normalizers']) and _are_numbers(own)
             for values in ratios
             for own, layer in zip(values, layers, strict=True)
         )

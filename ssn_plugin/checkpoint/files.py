@@ -73,12 +73,15 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
         path: Where it is from, for the error.
 
     Raises:
-        CheckpointError: If there are no weights in it.
+        CheckpointError: If there are no weights in it, or none with values.
     """
     entry = weights_entry(checkpoint)
     state = checkpoint if entry is None else checkpoint[entry]
     if not state or not all(isinstance(k, str) and isinstance(state[k], Tensor) for k in state):
         raise CheckpointError(f'{path}: holds no state dict of weights')
+    empty = next((key for key, value in state.items() if value.is_meta), None)
+    if empty is not None:
+        raise CheckpointError(f'{path}: {empty} has no values: it was saved from the meta device')
     check_switchable(state, path)
     weights = OrderedDict((key.removeprefix('module.'), value) for key, value in state.items())
     known = getattr(state, '_metadata', {})

@@ -1,7 +1,11 @@
 """Writes a network as one ONNX file for every batch and image size, and runs it."""
 
+import ast
+import contextlib
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +21,10 @@ MIN_OPSET = 18
 DEFAULT_OPSET = 20
 INPUT = 'input'
 # Sizes of the recorded example: all different, and none of 1, which would be taken for a constant.
-_EXAMPLE = (2, 3, 256, 320)
+_EXAMPLE = {0: 2, 1: 3, 2: 256, 3: 320}
 _SIZES = {0: 'batch', 2: 'height', 3: 'width'}
+_REMEDIES = {0: '--batch N', 2: '--size HEIGHT WIDTH', 3: '--size HEIGHT WIDTH'}
+_GRIDS = (torch.ops.aten.adaptive_avg_pool2d.default, torch.ops.aten.adaptive_max_pool2d.default)
 
 
 class ExportError(Exception):
@@ -46,6 +52,7 @@ def write_onnx(
     path: Path,
     opset: int = DEFAULT_OPSET,
     notes: Mapping[str, str] | None = None,
+    fixed: Mapping[int, int] | None = None,
 ) -> None:
     """Record a network of images (N, 3, H, W) and write it as one file.
 
@@ -59,18 +66,23 @@ def write_onnx(
         path: File to write.
         opset: Version of ONNX's operators.
         notes: What else the file is to say, as its metadata.
+        fixed: Dimension of the input -> the one size that the file is to hold for.
 
     Raises:
-        ExportError: If it cannot be recorded, or not for every batch and image size.
+        ExportError: If it cannot be recorded, or not for every batch and image size that is not
+            fixed; it names the module, as far as that is known.
     """
     check_opset(opset)
-    dynamic = dict.fromkeys(_SIZES, torch.export.Dim.DYNAMIC)
+    fixed = fixed or {}
+    open_sizes = {dim: name for dim, name in _SIZES.items() if dim not in fixed}
+    dynamic = dict.fromkeys(open_sizes, torch.export.Dim.DYNAMIC)
+    example = torch.zeros(*(_EXAMPLE | fixed).values())
     decompositions = {torch.ops.aten.group_norm.default: _group_norm}
     with quiet(logging.getLogger('torch')), torch.no_grad():
         try:
-            program = torch.export.export(
-                network, (torch.zeros(_EXAMPLE),), dynamic_shapes=(dynamic,)
-            ).run_decompositions(decompositions)
+            program = torch.export.export(network, (example,), dynamic_shapes=(dynamic,))
+            _refuse_grids(program, open_sizes)
+            program = program.run_decompositions(decompositions)
             recorded = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -78,19 +90,94 @@ def write_onnx(
                 input_names=[INPUT],
                 output_names=list(outputs),
                 # The program has dynamic sizes already; the exporter needs their names.
-                dynamic_shapes=(_SIZES,),
+                dynamic_shapes=(open_sizes,),
                 verbose=False,
             )
             recorded.model.metadata_props.update(notes or {})
             recorded.save(path, external_data=False)
-        except OSError:
+        except (OSError, ExportError):
             raise
         except Exception as error:
             # The recorder, the exporter and the network's code raise all kinds of errors.
-            raise ExportError(f'cannot be recorded: {_first_line(error)}') from error
+            module, constant = _at_fault(network, example, dynamic)
+            raise ExportError(
+                f'cannot be recorded{module and f" in {module}"}: {_first_line(error)}'
+                + _remedy(constant)
+            ) from error
     found = [size if isinstance(size, int) else 0 for size in recorded.model.graph.inputs[0].shape]
-    if any(found[dim] for dim in _SIZES):
-        raise ExportError(f'holds for input of {found} alone, expected every batch and image size')
+    constant = [dim for dim in open_sizes if found[dim]]
+    if constant:
+        raise ExportError(
+            f'holds for input of {found} alone, expected every batch and image size'
+            + _remedy(constant)
+        )
+
+
+def _remedy(constant: Sequence[int]) -> str:
+    options = dict.fromkeys(_REMEDIES[dim] for dim in constant)
+    return f'; make it for one size by {" ".join(options)}' if options else ''
+
+
+def _refuse_grids(program: torch.export.ExportedProgram, open_sizes: Mapping[int, str]) -> None:
+    """Refuse what pools images of any size to a grid: ONNX has pooling of one window alone."""
+    if open_sizes.keys().isdisjoint((2, 3)):
+        return
+    for node in program.graph.nodes:
+        if node.target in _GRIDS and any(size != 1 for size in node.args[1]):
+            module = _named([name for name, _ in node.meta['nn_module_stack'].values()][-1])
+            grid = ' x '.join(map(str, node.args[1]))
+            raise ExportError(
+                f'cannot be written for every image size: {module} pools to a grid of {grid}'
+                + _remedy([2])
+            )
+
+
+def _at_fault(network: nn.Module, example: Tensor, dynamic: Mapping) -> tuple[str, list[int]]:
+    """The innermost module that makes a size constant, or fails; and which sizes are constant.
+
+    It is recorded once more for it, with hooks, which may themselves be in the way of recording.
+    """
+    running: list[str] = []
+    sizes: dict[int, torch.SymInt] = {}
+    constant: dict[str, list[int]] = {}
+
+    def look() -> None:
+        dims = [dim for dim, size in sizes.items() if _is_constant(size)]
+        if dims:
+            constant.setdefault(running[-1], dims)
+
+    def enter(module: nn.Module, arguments: tuple, name: str) -> None:
+        if not name:
+            sizes.update((dim, arguments[0].shape[dim]) for dim in dynamic)
+        else:
+            look()
+        running.append(name)
+
+    def leave(*_: object) -> None:
+        look()
+        running.pop()
+
+    handles = []
+    for name, module in network.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
+        handles.append(module.register_forward_hook(leave))
+    with contextlib.suppress(Exception):
+        torch.export.export(network, (example,), dynamic_shapes=(dynamic,), strict=False)
+    for handle in handles:
+        handle.remove()
+    if constant:
+        module = next(iter(constant))
+        return _named(module), constant[module]
+    return _named(running[-1]) if running else '', []
+
+
+def _is_constant(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or size.node.maybe_as_int() is not None
+
+
+def _named(module: str) -> str:
+    """A module's name in the model that the network is a part of."""
+    return module.removeprefix('features.')
 
 
 def run_onnx(path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -113,7 +200,22 @@ def run_onnx(path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         ]
     except Exception as error:
         # The runtime has an exception class for each of its status codes, without a common base.
-        raise ExportError(f'ONNX Runtime cannot run it: {_first_line(error)}') from error
+        module = _module_of(path, str(error))
+        raise ExportError(
+            f'ONNX Runtime cannot run it{module and f" in {module}"}: {_first_line(error)}; '
+            f'if that depends on the size of the images, {_remedy([2])[2:]}'
+        ) from error
+
+
+def _module_of(path: Path, error: str) -> str:
+    """The module of torch whose operator an error of ONNX Runtime names."""
+    named = re.search(r"Name:'([^']+)'", error)
+    for node in _packages()[0].load(str(path)).graph.node if named else ():
+        if node.name == named[1]:
+            about = {entry.key: entry.value for entry in node.metadata_props}
+            scopes = ast.literal_eval(about.get('pkg.torch.onnx.name_scopes', '[]'))
+            return _named(scopes[-2]) if len(scopes) > 1 else ''  # the last is the operator itself
+    return ''
 
 
 def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

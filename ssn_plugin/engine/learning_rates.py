@@ -2,10 +2,12 @@
 
 Most schedulers of mmengine scale what each parameter group began with. A smallest learning rate
 (``eta_min``) and the maximum of OneCycleLR are one number for all groups, so that in the end
-control parameters would learn as fast as all others.
+control parameters would learn as fast as all others. Whatever else sets learning rates is noticed.
 """
 
 import functools
+import math
+from collections.abc import Iterator
 
 from mmengine.optim import OptimWrapperDict
 from mmengine.optim.scheduler.param_scheduler import (
@@ -49,6 +51,42 @@ def _keep_ratio(scheduler: _ParamScheduler, mults: list[float]) -> None:
     elif getattr(scheduler, 'eta_min', None) and getattr(scheduler, 'eta_min_ratio', None) is None:
         scheduler.__class__ = _with_own_floors(type(scheduler))
     scheduler.ssn_lr_mults = mults
+
+
+def pairs_to_watch(optim_wrapper) -> list[tuple]:
+    """For every learning rate a group of control parameters, and one of others, to compare it with.
+
+    Args:
+        optim_wrapper: Of a runner.
+
+    Returns:
+        Tuples of the optimizer, the indices of both groups, and the factor between their rates.
+    """
+    if isinstance(optim_wrapper, OptimWrapperDict):
+        return [pair for wrapper in optim_wrapper.values() for pair in pairs_to_watch(wrapper)]
+    mults = getattr(optim_wrapper, 'ssn_lr_mults', [])
+    rates = getattr(optim_wrapper, 'ssn_rates', [])
+    built = list(enumerate(zip(rates, mults, strict=True)))
+    others = {rate: index for index, (rate, mult) in built if mult == 1}
+    control = {
+        rate: (optim_wrapper.optimizer, index, others[rate], mult)
+        for index, (rate, mult) in built
+        if mult != 1 and rate in others
+    }
+    return list(control.values())
+
+
+def lost_ratios(pairs: list[tuple]) -> Iterator[str]:
+    """What to say of those :func:`pairs_to_watch` whose rates differ by another factor now."""
+    for optimizer, control, other, mult in pairs:
+        rate, usual = (float(optimizer.param_groups[index]['lr']) for index in (control, other))
+        if not math.isclose(rate, mult * usual, rel_tol=1e-3, abs_tol=1e-12):
+            yield (
+                f'control parameters learn at a rate of {rate:.3g} beside one of {usual:.3g}, '
+                f'where ssn_lr_mult={mult:g} asks for {mult * usual:.3g}: something sets learning '
+                "rates instead of scaling them; take a scheduler of mmengine's, or give yours one "
+                'value for each parameter group'
+            )
 
 
 @functools.cache

@@ -94,6 +94,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         control = _trained_control_parameters(model)
         known = {id(parameter) for parameter in control.values()}
         wrapper.ssn_lr_mults = []
+        wrapper.ssn_rates = [group['lr'] for group in optimizer.param_groups]  # without the factor
         # Read from the groups that were built, because these hold the optimizer's defaults too.
         for group in optimizer.param_groups:
             mult = self.paramwise_cfg['ssn_lr_mult'] if id(group['params'][0]) in known else 1.0

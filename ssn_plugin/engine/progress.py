@@ -32,6 +32,17 @@ def is_last_iteration(runner, batch_idx: int) -> bool:
     return iteration + 1 == total
 
 
+def ended_early(runner) -> bool:
+    """Whether a run is over without its last iteration, as EarlyStoppingHook ends it.
+
+    Args:
+        runner: mmengine's Runner, after the training.
+    """
+    if isinstance(runner.train_loop, EpochBasedTrainLoop):
+        return runner.epoch < runner.max_epochs
+    return runner.iter < runner.max_iters
+
+
 def iterations_in_all(runner) -> int:
     """How far ``runner.iter`` will have counted at the end of the run.
 

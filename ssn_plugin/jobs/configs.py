@@ -5,8 +5,22 @@ import os
 
 from mmengine.config import Config, DictAction
 
+from ssn_plugin.analysis.config_entries import as_list
 from ssn_plugin.errors import InputError, in_one_line
 from ssn_plugin.jobs.explained_errors import explained
+
+_DICTS = (
+    'model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper', 'train_cfg',
+    'val_cfg', 'test_cfg', 'default_hooks', 'env_cfg', 'model_wrapper_cfg',
+)  # fmt: skip
+_LISTS = ('custom_hooks', 'train_evaluator', 'val_evaluator', 'test_evaluator')
+# Of entries that are looked at before mmengine looks at them; None is none.
+_KINDS = dict.fromkeys(_DICTS, (dict, 'a dict')) | dict(
+    custom_hooks=(list | tuple, 'a list of dicts'),
+    load_from=(str, 'the path of a checkpoint'),
+    work_dir=(str, 'the path of a folder'),
+    default_scope=(str, "a package such as 'mmdet'"),
+)
 
 
 def load_config(path: str, options: dict | None = None) -> Config:
@@ -25,19 +39,22 @@ def load_config(path: str, options: dict | None = None) -> Config:
         # mmengine raises whatever a config's own code or a bad option raises.
         reason = explained(error) or in_one_line(error)
         raise InputError(f'config: cannot read {path}: {reason}') from error
-    for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader'):
-        entry = config.get(key)
-        if entry:
-            _check_dict(path, key, entry)
-            if key != 'model':
-                _check_dict(path, f'{key}.dataset', entry.get('dataset'))
+    for key, (kind, told) in _KINDS.items():
+        _check(path, key, config.get(key), kind, told)
+    for key in _LISTS:
+        for index, entry in enumerate(as_list(config.get(key))):
+            _check(path, f'{key}[{index}]', entry, dict, 'a dict')
+    for split in ('train', 'val', 'test'):
+        loader = config.get(f'{split}_dataloader')
+        if loader:
+            _check(path, f'{split}_dataloader.dataset', loader.get('dataset') or 0, dict, 'a dict')
     return config
 
 
-def _check_dict(path: str, key: str, entry: object) -> None:
-    if not isinstance(entry, dict):
-        found = 'nothing' if entry is None else f'a {type(entry).__name__}'
-        raise InputError(f'config: {path}: {key}: got {found}, expected a dict')
+def _check(path: str, key: str, entry: object, kind: type, told: str) -> None:
+    if entry is not None and not isinstance(entry, kind):
+        found = 'nothing' if entry == 0 else f'a {type(entry).__name__}'
+        raise InputError(f'config: {path}: {key}: got {found}, expected {told}')
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,13 @@
 """Errors of torch and of the frameworks that do not tell their cause, in one line that does."""
 
 import re
+import traceback
 from collections.abc import Iterator
 
+from mmengine.runner import BaseLoop
 from torch import nn
+
+from ssn_plugin.errors import in_one_line
 
 
 def explained(error: Exception) -> str | None:
@@ -41,6 +45,22 @@ def explained(error: Exception) -> str | None:
             "'/.mim/configs/FOLDER/CONFIG.py']"
         )
     return None
+
+
+def before_the_work(error: BaseException) -> str | None:
+    """What to say of an error from before a loop began to run; None if one had.
+
+    Until then mmengine builds what the config names, so the config is what to look at.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        inside = isinstance(frame.f_locals.get('self'), BaseLoop)
+        if inside and frame.f_code.co_name != '__init__':
+            return None
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f'config: the run cannot be built: {in_one_line(error)} '
+        f'({place.filename}, line {place.lineno})'
+    )
 
 
 def building(error: BaseException) -> str:

@@ -91,6 +91,8 @@ class Logits(nn.Module):
             x: Shape (N, 3, H, W), normalised.
         """
         logits = self.decode_head(self.features(x))
+        if isinstance(logits, tuple):  # EncNet tells which classes there are besides
+            logits = logits[0]
         corners = self.decode_head.align_corners
         return (F.interpolate(logits, x.shape[2:], mode='bilinear', align_corners=corners),)
 
@@ -104,6 +106,8 @@ def export_onnx(
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    size: tuple[int, int] | None = None,
+    batch: int | None = None,
 ) -> Exported:
     """Write backbone and neck, or a whole encoder-decoder, for every batch and image size.
 
@@ -120,6 +124,9 @@ def export_onnx(
         tolerance: Largest difference, as a part of the largest value of an output.
         overwrite: Replace a file of this name.
         allow_pickle: Unpickle code in ``checkpoint``, which is then trusted.
+        size: Height and width that the file is to hold for alone, as a network needs that pools to
+            a grid. The images are resized to it.
+        batch: Number of images that the file is to hold for alone.
 
     Raises:
         ExportError: If the network cannot be exported, or differs more than the tolerance.
@@ -137,7 +144,7 @@ def export_onnx(
     weights = weights_in(read_checkpoint(checkpoint, allow_pickle), checkpoint)
     load_strictly(model, weights, checkpoint, config)
     network, name = _network_of(model, config)
-    inputs = list(_inputs(model, settings, chosen))
+    inputs = list(_inputs(model, settings, chosen, size, batch))
     outputs = [f'{name}{k}' for k in range(_count_outputs(network, inputs[0], config))]
     outputs = outputs if name == 'feat' else [name]
     layers = Counter(
@@ -148,9 +155,10 @@ def export_onnx(
     recorded = hold_ratios(collapse_ssn(copy.deepcopy(network), keep_undecided=True))
     preprocessing = model_settings(settings).get('data_preprocessor')
     notes = {'preprocessing': json.dumps(preprocessing, default=str)}
+    fixed = ({} if batch is None else {0: batch}) | dict(zip((2, 3), size or (), strict=False))
     try:
         with whole_file(out) as temporary:
-            write_onnx(recorded, outputs, temporary, opset, notes)
+            write_onnx(recorded, outputs, temporary, opset, notes, fixed)
             difference = _difference(temporary, network, inputs)
             if not difference <= tolerance:
                 raise ExportError(
@@ -177,14 +185,26 @@ def _network_of(model: nn.Module, config: str) -> tuple[nn.Module, str]:
     return Logits(model).eval(), 'logits'
 
 
-def _inputs(model: nn.Module, config: Config, images: Sequence[str]) -> Iterator[Tensor]:
-    """Images as the model's backbone gets them: each alone, then the first twice, once mirrored."""
-    for index, batch in enumerate(sample_batches(config, images)):
-        x = model.data_preprocessor(batch, False)['inputs']
-        if index == 0:
-            both = torch.cat((x, x.flip(-1)))
-        yield x
-    yield both
+def _inputs(
+    model: nn.Module,
+    config: Config,
+    images: Sequence[str],
+    size: tuple[int, int] | None,
+    batch: int | None,
+) -> Iterator[Tensor]:
+    """Images as the model's backbone gets them: each alone, then the first twice, once mirrored.
+
+    With a fixed batch there are so many of each instead.
+    """
+    both = None
+    for sample in sample_batches(config, images):
+        x = model.data_preprocessor(sample, False)['inputs']
+        x = x if size is None else F.interpolate(x, size, mode='bilinear')
+        pair = torch.cat((x, x.flip(-1)))
+        both = pair if both is None else both
+        yield x if batch is None else pair.repeat(batch, 1, 1, 1)[:batch]
+    if batch is None:
+        yield both
 
 
 def _count_outputs(network: nn.Module, x: Tensor, config: str) -> int:

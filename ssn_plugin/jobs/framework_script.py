@@ -15,7 +15,7 @@ from ssn_plugin.engine.start_check import check_norms_asked_for
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.class_folders import check_class_folders
 from ssn_plugin.jobs.configs import add_config_options, load_config
-from ssn_plugin.jobs.explained_errors import explained
+from ssn_plugin.jobs.explained_errors import before_the_work, explained
 from ssn_plugin.jobs.last_checkpoint import last_checkpoint
 from ssn_plugin.jobs.model_check import (
     check_constructor,
@@ -202,8 +202,10 @@ def _run(script: Path, config: Config, launcher: str, arguments: list[str]) -> N
         # Weights that do not fill the built backbone, code in a file that some class reads, a
         # checkpoint that cannot be written.
         raise InputError(str(error)) from error
-    except (IndexError, ValueError) as error:
-        text = explained(error)
+    except InputError:
+        raise
+    except Exception as error:
+        text = explained(error) or before_the_work(error)
         if text is None:
             raise
         raise InputError(text) from error

@@ -56,9 +56,9 @@ def _last_checkpoint(folder: Path) -> str:
         raise InputError(
             f'{folder}: has no last_checkpoint, expected a work dir whose training has saved one'
         )
-    named = Path(note)
-    moved = folder / named.name
-    return str(named if named.is_file() or not moved.is_file() else moved)
+    moved = str(folder / Path(note).name)
+    # Not of pathlib, which raises for a name that is too long.
+    return note if os.path.isfile(note) or not os.path.isfile(moved) else moved
 
 
 def _of_checkpoint(path: str, allow_pickle: bool) -> list[LayerRatios]:

@@ -19,6 +19,9 @@ ROWS = [
 ]
 
 
+LAYER = dict(layer='sn1', normalizers=['IN', 'LN', 'BN'], channels=64, sparse=True)
+
+
 def write(path, iterations, start=0):
     start_history(path, ROWS, {'torch': '2'}, start)
     for iteration in iterations:
@@ -62,6 +65,12 @@ def test_nearly_one_is_not_one(tmp_path):
         lambda line: line['mean'].pop(),
         lambda line: line['var'][1].append(0.0),
         lambda line: line.update(mean=0.5),
+        lambda line: line.update(run={}),
+        lambda line: line.update(radius='x'),
+        lambda line: line.update(loss=[]),
+        lambda line: line.update(decided={}),
+        lambda line: line.update(mean_fixed=['x', 0]),
+        lambda line: line['var'].__setitem__(0, ['x', 0.0, 1.0]),
     ],
 )
 def test_a_line_that_is_no_record(tmp_path, change):
@@ -109,6 +118,12 @@ def test_lines_of_other_layers_are_dropped(tmp_path):
         ('', 'is no history of SSNRatioHook'),
         ('{"iter": 1}\n', 'is no history of SSNRatioHook'),
         ('{"layers": [5]}\n', 'is no history of SSNRatioHook'),
+        ('[' * 100_000, 'is no history of SSNRatioHook'),
+        *(
+            (json.dumps({'layers': [LAYER | {name: bad}]}), 'is no history of SSNRatioHook')
+            for name in LAYER
+            for bad in (5.5, {}, ['IN', 5])
+        ),
         ('{"layers": []}\nnonsense\n{"iter": 1}\n', 'line 2 is no record of SSNRatioHook'),
     ],
 )
@@ -120,3 +135,10 @@ def test_what_is_no_history(tmp_path, text, said):
         read_history(path)
     assert str(path) in str(raised.value)
     assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('about', [5, 'x', None, {'max_iters': 'x'}, {'versions': 5}])
+def test_facts_that_are_none(tmp_path, about):
+    path = tmp_path / 'ratios.jsonl'
+    path.write_text(json.dumps({'layers': [LAYER], 'about': about}))
+    assert read_history(path).about == {}

@@ -130,6 +130,13 @@ def test_weights_in(entry, prefix):
     assert list(weights_in(checkpoint, 'f')) == list(STATE)
 
 
+def test_weights_without_values():
+    """As a model saves that was built on the meta device and never filled."""
+    state = torch.nn.Linear(2, 2, device='meta').state_dict()
+    said = message_of(weights_in, {'state_dict': state}, 'net.pth')
+    assert said == 'net.pth: weight has no values: it was saved from the meta device'
+
+
 def test_the_release_names_its_model_by_a_string():
     checkpoint = {'model': 'resnet', 'state_dict': STATE}
     assert weights_entry(checkpoint) == 'state_dict'

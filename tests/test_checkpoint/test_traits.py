@@ -1,9 +1,11 @@
 """Candidates and stem of a backbone travel in its checkpoint, from training to loading."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 from backbones import build, pretrained
+from mmengine.logging import MMLogger
 from released_files import save
 from torch import nn
 
@@ -23,7 +25,10 @@ ORDER = ('BN', 'IN', 'LN')
 def test_of_a_module():
     assert traits_of(nn.Sequential(SSN(4), SN(4))) == {'normalizers': ['IN', 'LN', 'BN']}
     assert traits_of(nn.Sequential(SSN(4), SSN(4, normalizers=ORDER))) == {}  # no single answer
-    assert traits_of(build('mmdet', stem_padding=1))['stem_padding'] == 1
+    for padding in (0, 1):
+        traits = traits_of(build('mmdet', stem_padding=padding))
+        assert traits['stem_padding'] == padding
+        assert told_traits({'meta': traits})['stem_padding'] == padding
 
 
 @pytest.mark.parametrize(
@@ -82,6 +87,27 @@ def test_layers_of_a_head_are_named_by_their_own_candidates(tmp_path):
     read['state_dict'] = dict(read['state_dict'])
     found = layer_ratios_of_state(read['state_dict'], told_candidates(read))
     assert tuple(found[1].ratios('mean')) == ('0', '1', '2')
+
+
+@pytest.mark.parametrize(('trained', 'built'), [(0, 1), (1, 0), (0, 0), (1, 1)])
+def test_another_stem_is_warned_of_in_both_directions(tmp_path, trained, built):
+    path = tmp_path / 'trained.pth'
+    model = build('mmdet', stem_padding=trained, norm_cfg=dict(type='SSN'))
+    save({'meta': traits_of(model), 'state_dict': model.state_dict()}, path)
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    try:
+        build('mmdet', stem_padding=built, init_cfg=pretrained(path)).init_weights()
+    finally:
+        logger.removeHandler(handler)
+    said = [text for text in messages if 'stem' in text and 'set stem_padding' in text]
+    assert len(said) == (trained != built)
+    if said:
+        assert f'padding {trained}, this backbone pools with {built}' in said[0]
+        assert f'set stem_padding={trained}' in said[0]
 
 
 @pytest.mark.parametrize('record', [None, {}, {'neck': {}}, {'neck': {'normalizers': ['XN']}}])

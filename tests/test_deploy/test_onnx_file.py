@@ -1,5 +1,7 @@
 """ONNX files of networks with every kind of layer give what torch gives, at sizes of any kind."""
 
+import re
+
 import pytest
 import torch
 from since import EXPORT
@@ -144,6 +146,71 @@ def test_what_cannot_be_recorded(network, said, tmp_path):
         write_onnx(network, ['y'], tmp_path / 'a.onnx')
     assert '\n' not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def named(module: nn.Module) -> nn.Module:
+    """A network in which that is called features.body."""
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 1), module))
+    network.features = network._modules.pop('0')
+    network.features.body = network.features._modules.pop('1')
+    return network.eval()
+
+
+class OfOneBatch(nn.Module):
+    def forward(self, x):
+        return x * int(x.shape[0])
+
+
+@pytest.mark.parametrize(
+    ('module', 'remedy', 'other'),
+    [
+        (nn.AdaptiveAvgPool2d(3), '--size HEIGHT WIDTH', '--batch'),
+        (nn.AdaptiveMaxPool2d((1, 2)), '--size HEIGHT WIDTH', '--batch'),
+        (OfOneSize(), '--size HEIGHT WIDTH', '--batch'),
+        (OfOneBatch(), '--batch N', '--size'),
+    ],
+)
+def test_what_holds_for_some_sizes_is_named_with_the_remedy(module, remedy, other, tmp_path):
+    network, path = named(module), tmp_path / 'a.onnx'
+    with pytest.raises(ExportError) as caught:
+        write_onnx(network, ['y'], path)
+    assert re.search(r' (in )?body\b', str(caught.value))
+    assert str(caught.value).endswith(f'; make it for one size by {remedy}')
+    assert other not in str(caught.value)
+    assert '\n' not in str(caught.value)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ('module', 'fixed', 'shapes'),
+    [
+        (nn.AdaptiveAvgPool2d(3), {2: 10, 3: 14}, [(1, 3, 10, 14), (3, 3, 10, 14)]),
+        (OfOneSize(), {2: 10}, [(3, 3, 10, 14), (1, 3, 10, 9)]),
+        (OfOneBatch(), {0: 3}, [(3, 3, 10, 14), (3, 3, 9, 5)]),
+    ],
+)
+def test_files_for_one_size(module, fixed, shapes, tmp_path):
+    network, path = named(module), tmp_path / 'a.onnx'
+    write_onnx(network, ['y'], path, fixed=fixed)
+    for shape in shapes:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert relative_difference(run_onnx(path, [x])[0], [network(x)]) < 1e-5
+
+
+def test_what_onnx_runtime_cannot_run_is_named(tmp_path):
+    """A node that fails leads back to the module that it is of."""
+
+    class Fourth(nn.Module):
+        def forward(self, x):
+            return x[:, :, 40]
+
+    path = tmp_path / 'a.onnx'
+    write_onnx(named(Fourth()), ['y'], path)
+    with pytest.raises(ExportError, match=r'cannot run it in body: .*; if .* --size') as caught:
+        run_onnx(path, [torch.randn(1, 3, 20, 20)])
+    assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('opset', [7, MIN_OPSET - 1, 999])

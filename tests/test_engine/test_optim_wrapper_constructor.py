@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from mmengine.optim import (
     ReduceOnPlateauLR,
     build_optim_wrapper,
 )
+from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
+from mmengine.registry import PARAM_SCHEDULERS
 from since import since
 from torch import nn
 
@@ -728,6 +731,7 @@ def test_every_scheduler_keeps_the_ratio(make_runner, scheduler, warm_up):
         runs[-1].train()
         seen.append(rates.seen)
     assert len(seen[0]) == 12
+    assert ' beside one of ' not in next(Path(runs[0].work_dir).glob('*/*.log')).read_text()
     for ours, theirs in zip(*seen, strict=True):
         (other,) = {round(rate, 12) for rate in ours[False]}
         (control,) = {round(rate, 12) for rate in ours[True]}
@@ -745,6 +749,43 @@ def test_every_scheduler_keeps_the_ratio(make_runner, scheduler, warm_up):
     resumed.train()
     for ours, theirs in zip(rates.seen, seen[0][7:], strict=True):
         assert ours == theirs
+
+
+class Same(_ParamScheduler):
+    """A scheduler of a user's own, which sets one learning rate for all from iteration 3 on."""
+
+    def __init__(self, optimizer, *args, own=False, **kwargs):
+        self.own = own
+        super().__init__(optimizer, 'lr', *args, **kwargs)
+
+    def _get_value(self):
+        groups = self.optimizer.param_groups
+        if self.last_step < 3 or self.own:  # or one for each group
+            return [group['initial_lr'] * 0.5 for group in groups]
+        return [0.02 for _ in groups]
+
+
+@pytest.mark.parametrize(('own', 'mult'), [(False, 0.1), (True, 0.1), (False, 1.0), (False, 0.0)])
+def test_what_loses_the_ratio_is_said_once(make_runner, own, mult):
+    PARAM_SCHEDULERS.register_module(module=Same, force=True)
+    try:
+        runner = make_runner(
+            param_scheduler=dict(type='Same', by_epoch=False, own=own),
+            optim_wrapper=dict(
+                optimizer=dict(type='SGD', lr=0.05),
+                constructor='SSNOptimWrapperConstructor',
+                paramwise_cfg=dict(ssn_lr_mult=mult, custom_keys=dict(norm1=dict(lr_mult=0.5))),
+            ),
+        )
+        runner.train()
+    finally:
+        PARAM_SCHEDULERS.module_dict.pop('Same')
+    text = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    lost = [line for line in text.splitlines() if ' beside one of ' in line]
+    assert len(lost) == (not own and mult != 1)
+    if lost:
+        assert 'in iteration 4 ' in lost[0]
+        assert f'ssn_lr_mult={mult:g} asks for {0.02 * mult:.3g}' in lost[0]
 
 
 def test_a_plateau_keeps_the_ratio():

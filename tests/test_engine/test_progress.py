@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 
 from ssn_plugin import SSN
+from ssn_plugin.engine.hooks.precise_stats_hook import _loader_like
 
 RADIUS = dict(type='SSNRadiusHook')
 OURS = [
@@ -312,3 +314,62 @@ def test_a_report_of_a_lost_loss(make_runner):
     assert 'SSNRatioHook: no report' not in log_of(runner)
     assert Path(runner.work_dir, 'report.html').is_file()
     assert isinstance(runner.model.norm1, SSN)
+
+
+# ---------------------------------------------------------------- ended early
+
+
+class Stop(Hook):
+    """Ends the training after an iteration, as a user's hook may."""
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        runner.train_loop.stop_training = runner.iter + 1 >= self.iteration
+
+
+@pytest.mark.parametrize('ema', [(), (dict(type='EMAHook', momentum=0.05),)])
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_a_run_that_is_ended_early_has_its_end(make_runner, by_epoch, ema):
+    """The last record, and the last checkpoint with the averages of the last weights."""
+    early = dict(type='EarlyStoppingHook', monitor='size', rule='greater', patience=1)
+    checkpoint = dict(type='SSNCheckpointHook', interval=2, by_epoch=by_epoch)
+    hooks = [*OURS[:3], *ema, dict(type='SSNRatioHook', interval=5, report=False), OURS[4], early]
+    settings = dict(validate=True, default_hooks=dict(checkpoint=checkpoint))
+    if by_epoch:
+        settings['train_cfg'] = dict(by_epoch=True, max_epochs=9)
+    else:
+        settings['train_cfg'] = dict(by_epoch=False, max_iters=20, val_interval=3)
+    runner = make_runner(by_epoch, hooks=hooks, **settings)
+    runner.train()
+    done = runner.iter
+    assert done < runner.max_iters
+    assert lines_of(runner)[-1]['iter'] == done
+    path = Path(runner.work_dir, f'epoch_{runner.epoch}.pth' if by_epoch else f'iter_{done}.pth')
+    assert Path(runner.work_dir, 'last_checkpoint').read_text() == str(path)
+    saved = torch.load(path, weights_only=False)
+    assert (saved['meta']['epoch'], saved['meta']['iter']) == (runner.epoch, done)
+    model = runner.model
+    kept = saved['ema_state_dict'] if ema else saved['state_dict']
+    for name, value in model.state_dict().items():
+        assert torch.equal(kept[f'module.{name}' if ema else name], value), name
+    seen = []
+    handle = model.norm1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch in islice(_loader_like(runner.train_dataloader, runner.seed, done), 2):
+        model(**batch, mode='loss')
+    handle.remove()
+    expected = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(model.norm1.running_mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_ends_by_itself_is_ended_once(make_runner):
+    """With the last iteration a hook asks for what comes anyway."""
+    hooks = [RADIUS, dict(type='SSNRatioHook', interval=5, report=False), OURS[4]]
+    checkpoint = dict(type='SSNCheckpointHook', interval=20, by_epoch=False)
+    runner = make_runner(hooks=hooks, default_hooks=dict(checkpoint=checkpoint))
+    runner.register_hook(Stop(12))
+    runner.train()
+    assert [line['iter'] for line in lines_of(runner)] == [5, 10, 12]
+    assert log_of(runner).count('PreciseStatsHook: 2 layers') == 1
+    assert sorted(path.name for path in Path(runner.work_dir).glob('*.pth')) == ['iter_12.pth']

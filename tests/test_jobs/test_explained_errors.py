@@ -4,11 +4,12 @@ import importlib.metadata
 
 import pytest
 import torch
+from mmengine.runner import BaseLoop
 from torch import nn
 
 from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.configs import load_config
-from ssn_plugin.jobs.explained_errors import building, explained
+from ssn_plugin.jobs.explained_errors import before_the_work, building, explained
 
 
 def caught(call) -> Exception:
@@ -38,6 +39,27 @@ def test_a_label_beyond_the_classes():
 
 def test_any_other_error_speaks_for_itself():
     assert explained(ValueError('x: got 1, expected 2')) is None
+
+
+class Loop(BaseLoop):
+    """A loop whose data, or whose work, fails."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+        if fails == 'built':
+            raise TypeError('no such\nargument')
+
+    def run(self) -> None:
+        raise TypeError('in the middle')
+
+
+def test_what_is_built_from_the_config_is_the_configs_fault():
+    """But an error of the training itself keeps its trace."""
+    text = before_the_work(caught(lambda: Loop('built')))
+    assert text.startswith('config: the run cannot be built: TypeError: no such (')
+    assert '\n' not in text
+    assert f'{__file__}, line ' in text
+    assert before_the_work(caught(Loop('runs').run)) is None
 
 
 def test_what_was_being_built():

@@ -81,6 +81,22 @@ def test_what_is_written(source, tmp_path):
     assert relative_difference(run_onnx(out, [x])[0], [expected]) < 1e-5
 
 
+def test_a_network_that_holds_for_one_size(source, tmp_path):
+    config = small_segmentor()
+    head = config.model.decode_head
+    del head.num_convs, head.concat_input
+    head.update(type='PSPHead', pool_scales=(1, 3))
+    save(tmp_path, 'net', config)
+    (tmp_path / 'images').symlink_to(source / 'images')
+    out = tmp_path / 'out.onnx'
+    said = refused(ExportError, tmp_path, out)
+    assert 'decode_head.psp_modules.1.0 pools to a grid of 3 x 3' in said
+    assert said.endswith('--size HEIGHT WIDTH')
+    done = export(tmp_path, out, size=(48, 80), batch=3)
+    assert done.shapes == [(3, 3, 48, 80)] * 2
+    assert 0 < done.difference < 1e-5
+
+
 def test_above_the_tolerance_nothing_is_written(source, tmp_path):
     said = r'out.onnx: not written: ONNX Runtime differs .* by \S+ of the largest value, expected'
     with pytest.raises(ExportError, match=said):

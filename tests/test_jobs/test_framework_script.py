@@ -74,6 +74,23 @@ def test_options_of_the_codebase_reach_its_script(tmp_path, monkeypatch):
     assert 'ran with c.py --sweep 3' in result.stdout
 
 
+def test_an_error_of_the_script_before_its_work_is_one_line(tmp_path, monkeypatch):
+    """As mmengine raises where the config lacks something, deep in its own code."""
+    package(tmp_path, 'mmwhatever')
+    script = tmp_path / 'mmwhatever' / '.mim' / 'tools' / 'train.py'
+    script.write_text('def f():\n    raise RuntimeError("provide\\nmore")\nf()')
+    text = "default_scope = 'mmwhatever'\nmodel = dict(type='SSN', num_features=4)"
+    (tmp_path / 'c.py').write_text(text)
+    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{ROOT}')
+    result = run(ROOT / 'tools/train.py', 'c.py', cwd=tmp_path)
+    assert result.returncode == 1
+    expected = (
+        f'train.py: config: the run cannot be built: RuntimeError: provide ({script}, line 2)'
+    )
+    assert result.stderr.splitlines()[-1] == expected
+    assert 'Traceback' not in result.stderr
+
+
 @pytest.mark.parametrize(
     ('arguments', 'code', 'said'),
     [

@@ -59,6 +59,13 @@ def test_config_that_does_not_parse(tmp_path):
         ('train_dataloader = 5', 'train_dataloader: got a int, expected a dict'),
         ('test_dataloader = dict(batch_size=1)', 'test_dataloader.dataset: got nothing'),
         ('val_dataloader = dict(dataset=[1])', 'val_dataloader.dataset: got a list'),
+        ('load_from = dict(a=1)', 'load_from: got a ConfigDict, expected the path'),
+        ('default_scope = 5', "default_scope: got a int, expected a package such as 'mmdet'"),
+        ('work_dir = 5', 'work_dir: got a int, expected the path'),
+        ("custom_hooks = 'SSNRadiusHook'", 'custom_hooks: got a str, expected a list'),
+        ("custom_hooks = [dict(type='A'), 'B']", 'custom_hooks[1]: got a str, expected a dict'),
+        ('test_evaluator = [5]', 'test_evaluator[0]: got a int, expected a dict'),
+        ('env_cfg = 5', 'env_cfg: got a int, expected a dict'),
     ],
 )
 def test_entries_that_are_no_dicts(tmp_path, content, said):

@@ -26,6 +26,12 @@ DEFAULT = [
             dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', broadcast_buffers=True)),
             [DEFAULT[1], DEFAULT[3]],
         ),
+        # of the GPUs that a config was written for, and which the CPU refuses
+        (
+            dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=[0])),
+            DEFAULT[1:],
+        ),
+        (dict(model_wrapper_cfg=dict(device_ids=[0, 1])), DEFAULT),
         (dict(model_wrapper_cfg=dict(type='MMFullyShardedDataParallel')), []),
     ],
 )

@@ -11,6 +11,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 
 from ssn_plugin.checkpoint.whole_file import INCOMPLETE, whole_file
+from ssn_plugin.engine.progress import ended_early
 from ssn_plugin.engine.whole_file_backend import WholeFileBackend
 from ssn_plugin.errors import CheckpointError
 
@@ -120,9 +121,16 @@ class SSNCheckpointHook(CheckpointHook):
     def after_train(self, runner) -> None:
         """As in the base class, which may publish what was saved.
 
+        A run that was ended before its last iteration, by EarlyStoppingHook for one, gets its last
+        checkpoint here.
+
         Args:
             runner: mmengine's Runner.
         """
+        if self.save_last and ended_early(runner):
+            step = runner.epoch if self.by_epoch else runner.iter
+            meta = dict(epoch=runner.epoch, iter=runner.iter)
+            self._save_checkpoint_with_step(runner, step, meta)
         with self._explaining():
             super().after_train(runner)
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssn_plugin.engine.averaged_copies import averaged_models
 from ssn_plugin.engine.model_wrapper import unwrapped
-from ssn_plugin.engine.progress import is_last_iteration
+from ssn_plugin.engine.progress import ended_early, is_last_iteration
 from ssn_plugin.engine.randomness import preserved_generators, seed_iteration, seed_samples
 from ssn_plugin.layers.running_statistics import KINDS, batch_averages, write_statistics
 
@@ -108,11 +108,23 @@ class PreciseStatsHook(Hook):
             outputs: Unused.
         """
         if is_last_iteration(runner, batch_idx):
-            for model in (unwrapped(runner.model), *averaged_models(runner)):
-                averages = self._estimate(runner, model)
-                write_statistics(model, averages.statistics)
-                self._last.append(averages)
-            self._trains = False  # what follows is validated with these
+            self._finish(runner)
+
+    def after_train(self, runner) -> None:
+        """Make the averages the statistics where the run was ended before its last iteration.
+
+        Args:
+            runner: mmengine's Runner.
+        """
+        if self._trains and ended_early(runner):
+            self._finish(runner)
+
+    def _finish(self, runner) -> None:
+        for model in (unwrapped(runner.model), *averaged_models(runner)):
+            averages = self._estimate(runner, model)
+            write_statistics(model, averages.statistics)
+            self._last.append(averages)
+        self._trains = False  # what follows is validated with these
 
     def before_val_epoch(self, runner) -> None:
         """Put the averages into the model, which has the weights by now that are validated.

@@ -6,7 +6,7 @@ from ssn_plugin.checkpoint.candidates import record_candidates
 from ssn_plugin.checkpoint.traits import told_candidates, traits_of
 from ssn_plugin.engine.averaged_copies import AveragedCopies
 from ssn_plugin.engine.checkpoint_schemes import fit_loaded
-from ssn_plugin.engine.learning_rates import keep_ratios
+from ssn_plugin.engine.learning_rates import keep_ratios, lost_ratios, pairs_to_watch
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.engine.progress import changed_since, iterations
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
@@ -64,6 +64,7 @@ class SSNRadiusHook(Hook):
         self.radius_at(0, 2)  # raises if the arguments are no schedule
         self._copies = AveragedCopies()
         self._passed = 0
+        self._rates: list[tuple] = []
 
     def radius_at(self, iteration: int, max_iters: int) -> float:
         """Radius during an iteration.
@@ -97,6 +98,7 @@ class SSNRadiusHook(Hook):
             runner: mmengine's Runner.
         """
         keep_ratios(runner.optim_wrapper, runner.param_schedulers)
+        self._rates = pairs_to_watch(runner.optim_wrapper)
         if changed := changed_since(runner):
             runner.logger.warning(f'SSNRadiusHook: {changed}')
         layers = [module for module in runner.model.modules() if isinstance(module, SSN)]
@@ -118,11 +120,16 @@ class SSNRadiusHook(Hook):
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Set the radius, in all averaged copies of the model too.
 
+        Warn once if control parameters have lost their share of the learning rate.
+
         Args:
             runner: mmengine's Runner.
             batch_idx: Number of the batch, in an epoch-based loop within the epoch.
             data_batch: Unused.
         """
+        for text in lost_ratios(self._rates):
+            runner.logger.warning(f'SSNRadiusHook: in iteration {runner.iter + 1} {text}')
+            self._rates = []
         set_radius(runner.model, self.radius_at(*iterations(runner, batch_idx)))
         for averaged in self._copies.of(runner):
             for layer, its_copy in averaged.layers:

@@ -16,7 +16,7 @@ from ssn_plugin.analysis.history import (
 )
 from ssn_plugin.analysis.layer_ratios import STATISTICS, LayerRatios, layer_ratios
 from ssn_plugin.engine.model_wrapper import unwrapped
-from ssn_plugin.engine.progress import is_last_iteration, iterations_in_all
+from ssn_plugin.engine.progress import ended_early, is_last_iteration, iterations_in_all
 from ssn_plugin.engine.versions import versions
 from ssn_plugin.engine.visualizer import tolerate_full_disk
 
@@ -68,6 +68,7 @@ class SSNRatioHook(Hook):
         self._history: Path | None = None
         self._run: str | None = None
         self._lost = False
+        self._recorded = 0  # iterations, at the last record
 
     def before_train(self, runner) -> None:
         """Begin ``ratios.jsonl``, or go on with it.
@@ -106,28 +107,26 @@ class SSNRatioHook(Hook):
         """
         last = is_last_iteration(runner, batch_idx)
         recorded = self.every_n_train_iters(runner, self.interval) or last
-        if not (recorded or _is_logged(runner, batch_idx)):
-            return
+        if recorded or _is_logged(runner, batch_idx):
+            self._record(runner, runner.iter + 1, recorded)
+
+    def _record(self, runner, iteration: int, recorded: bool) -> None:
+        """To the log; to the file and the visualizer too if ``recorded``."""
         model = unwrapped(runner.model)
         rows = layer_ratios(model)
-        self._say_where_ratios_are_lost(runner, rows)
+        self._say_where_ratios_are_lost(runner, iteration, rows)
         summary, per_layer = importance_scalars(model, rows)
         for name, value in summary.items():
             runner.message_hub.update_scalar(f'train/{name}', value)
         if not recorded:
             return
-        runner.visualizer.add_scalars(per_layer, step=runner.iter + 1)
+        self._recorded = iteration
+        runner.visualizer.add_scalars(per_layer, step=iteration)
         if self._history is None:
             return
+        radius, loss = summary['ssn_radius'], self._loss(runner)
         try:
-            append_to_history(
-                self._history,
-                runner.iter + 1,
-                rows,
-                summary['ssn_radius'],
-                self._loss(runner),
-                self._run,
-            )
+            append_to_history(self._history, iteration, rows, radius, loss, self._run)
         except OSError as error:
             runner.logger.warning(
                 f'SSNRatioHook: cannot write {self._history} any more, so it stops doing so: '
@@ -136,11 +135,13 @@ class SSNRatioHook(Hook):
             self._history = None
 
     def after_train(self, runner) -> None:
-        """Draw.
+        """Record where the run was ended before its last iteration, then draw.
 
         Args:
             runner: mmengine's Runner.
         """
+        if ended_early(runner) and self._recorded != runner.iter:
+            self._record(runner, runner.iter, recorded=True)
         if not self.report or self._history is None:
             return
         try:
@@ -160,7 +161,7 @@ class SSNRatioHook(Hook):
         else:
             runner.logger.info(f'SSNRatioHook: the report is {path}')
 
-    def _say_where_ratios_are_lost(self, runner, rows: list[LayerRatios]) -> None:
+    def _say_where_ratios_are_lost(self, runner, iteration: int, rows: list[LayerRatios]) -> None:
         lost = [row.layer for row in rows if not _is_finite(row)]
         if not lost or self._lost:
             return
@@ -168,7 +169,7 @@ class SSNRatioHook(Hook):
         more = f' and {len(lost) - 1} more layers' if lost[1:] else ''
         runner.logger.warning(
             f'SSNRatioHook: the importance ratios of {lost[0]}{more} are NaN after iteration '
-            f'{runner.iter + 1} (looked at every {self.interval} iterations); the loss was '
+            f'{iteration} (looked at every {self.interval} iterations); the loss was '
             f'{self._loss(runner)}'
         )
 
