@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ssn_plugin import SN, SSN, set_radius, undecided_layers
 from ssn_plugin.layers import radius as ways
 from ssn_plugin.layers.radius import copy_selection
 from ssn_plugin.ops.sparsestmax import circumradius
+from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN
 
 CANDIDATES = ('IN', 'LN', 'BN', 'GN')
 
@@ -360,6 +363,45 @@ def test_the_way_of_gpus_notices_who_writes_between(on_device):
     with torch.no_grad():
         layer.mean_weight.zero_()
     set_radius(layer, 0.0)
+    assert layer.known_choices() == (None, None)  # not what is on its way from before
     assert layer.selected == (None, None)
     set_radius(layer, 0.0)
     assert layer.known_choices() == (None, None)
+
+
+@pytest.mark.parametrize('way', ['of the CPU', 'of GPUs'])
+def test_choices_are_written_with_the_flags(way, monkeypatch):
+    """The index of what is decided, and none for what is not, whatever leads there."""
+    if way == 'of GPUs':
+        monkeypatch.setattr(ways, '_decide', _on_device)
+    layer = ssn()
+    with torch.no_grad():
+        layer.mean_weight[1] = 2
+        layer.var_weight[0] = 0.1
+    set_radius(layer, 0.0)
+    assert (int(layer.mean_fixed), int(layer.mean_choice)) == (1, 1)
+    assert (int(layer.var_fixed), int(layer.var_choice)) == (0, UNKNOWN)
+    with torch.no_grad():
+        layer.mean_weight[2] = 9
+    layer.learn_choices()  # from the buffers, as after a broadcast
+    assert layer.selected == ('LN', None)
+
+
+def test_what_is_on_its_way_is_in_no_copy(on_device):
+    """A CUDA event can neither be pickled nor copied."""
+    layer = ssn()
+    set_radius(layer, 1.0)
+    assert layer._pending is not None
+    layer._pending = threading.Lock(), *layer._pending[1:]
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin._pending is None
+        assert twin.selected == layer.selected
+
+
+def test_a_cast_leaves_known_what_was_known():
+    layer = ssn()
+    set_radius(layer, 1.0)
+    known = layer.known_choices()
+    assert None not in known
+    assert layer.double().known_choices() == known
+    assert layer.half().known_choices() == known
