@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import mmengine
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,8 @@ def test_resumed_with_every_sampler(make_runner, monkeypatch, by_epoch, name, nu
     dataset, sampler, batches = (SAMPLERS | ENDLESS)[name]
     if num_workers and name not in ('default', 'torch', 'infinite', 'groups'):
         pytest.skip('the same as without')
+    if num_workers and name == 'groups' and mmengine.__version__ == '0.10.7':
+        pytest.skip('workers begin before any hook, and the sampler draws from a global generator')
     if 'mmdet' in str((sampler, batches)):
         pytest.importorskip('mmdet.datasets')  # which registers its samplers
     monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)

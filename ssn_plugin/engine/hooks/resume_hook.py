@@ -21,7 +21,8 @@ class SSNResumeHook(Hook):
     Not covered is what keeps a state of its own: transforms that cache earlier images
     (CachedMosaic), generators that are not the global ones of Python, numpy and torch, an
     epoch-based loop whose checkpoints are counted in iterations, and what was accumulated of a
-    gradient (``accumulative_counts``) when a kill or a checkpoint came before its step.
+    gradient (``accumulative_counts``) when a kill or a checkpoint came before its step; with
+    mmengine 0.10.7, whose workers begin before any hook can, mmdet's GroupMultiSourceSampler too.
 
     Example:
         >>> custom_hooks = [dict(type='SSNResumeHook')]  # in a config
