@@ -32,6 +32,8 @@ from ssn_plugin.models.pretrained import (
 )
 
 SCHEMES = ('bn2ssn://', 'sn2ssn://')
+# What an SSN has beside what BatchNorm has.
+_OWN = ('mean_weight', 'var_weight', 'radius', 'mean_fixed', 'var_fixed')
 
 
 def load_from_bn2ssn(filename: str, map_location: object = None) -> dict:
@@ -76,7 +78,8 @@ def load_from_named_bn(filename: str, map_location: object = None) -> dict:
     """Load a backbone in the names and shapes of torchvision: bn1 for sn1, (C,) for (1, C, 1, 1).
 
     So mmaction2 looks for the weights that it inflates to three dimensions, or puts into its own
-    ResNet; ``named_bn://bn2ssn://resnet50.pth`` is both conversions, one after the other.
+    ResNet. Its TSM renames what BatchNorm has and nothing else, so the rest is there twice.
+    ``named_bn://bn2ssn://resnet50.pth`` is both conversions, one after the other.
 
     Args:
         filename: ``named_bn://`` and a file, or an address that mmengine knows.
@@ -93,11 +96,21 @@ def load_from_named_bn(filename: str, map_location: object = None) -> dict:
     norms = norm_layers(state)
     if not norms:
         raise CheckpointError(f'{source}: holds no norm layers')
-    return {'state_dict': {_with_bn(key): _flat(key, state, norms) for key in state}}
+    state = {_with_bn(key): _flat(key, state, norms) for key in state}
+    return {'state_dict': state | {_with_conv(key): state[key] for key in state}}
 
 
 def _with_bn(key: str) -> str:
     return re.sub(r'(^|\.)sn(\d*)\.', r'\1bn\2.', key)
+
+
+def _with_conv(key: str) -> str:
+    """What TSM calls the tensors that only SSN has: ``conv1.bn.radius`` for ``bn1.radius``."""
+    layer, _, name = key.rpartition('.')
+    if name in _OWN:
+        layer = re.sub(r'(^|\.)bn(\d)$', r'\1conv\2.bn', layer)
+        layer = re.sub(r'\.downsample\.1$', '.downsample.bn', layer)
+    return f'{layer}.{name}'
 
 
 def _flat(key: str, state: dict[str, Tensor], norms: dict[str, str]) -> Tensor:

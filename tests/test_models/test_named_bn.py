@@ -47,6 +47,7 @@ def test_weights_in_names_and_shapes_of_torchvision(tmp_path):
     state = released_state()
     path = released_file(tmp_path / 'net.pth')
     found = CheckpointLoader.load_checkpoint(f'named_bn://{path}')['state_dict']
+    twice = {key: found.pop(key) for key in list(found) if '.bn.' in key}
     assert len(found) == len([key for key in state if not key.startswith('fc.')])
     for key, value in found.items():
         theirs = state[key.replace('bn', 'sn')]
@@ -56,6 +57,12 @@ def test_weights_in_names_and_shapes_of_torchvision(tmp_path):
     assert found['layer1.0.bn2.mean_fixed'].shape == found['layer1.0.bn2.radius'].shape == ()
     assert found['layer1.0.conv2.weight'].shape == (8, 8, 3, 3)
     assert not any('sn' in key for key in found)
+    # What TSM does not rename: control parameters, radius and flags.
+    assert len(twice) == 5 * 20
+    assert twice['conv1.bn.radius'] is found['bn1.radius']
+    assert twice['layer1.0.conv2.bn.mean_weight'] is found['layer1.0.bn2.mean_weight']
+    name = 'layer2.0.downsample.{}.var_fixed'
+    assert twice[name.format('bn')] is found[name.format(1)]
 
 
 def test_conversions_one_after_the_other(tmp_path):

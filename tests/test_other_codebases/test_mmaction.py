@@ -46,16 +46,19 @@ NETWORKS = {
         dict(
             depth=18,
             pretrained2d=False,
-            conv_cfg=dict(type='Conv2plus1d'),
+            # It has a norm of its own between its two convolutions.
+            conv_cfg=dict(type='Conv2plus1d', norm_cfg=NAMED_BN),
             inflate=(1, 1, 1, 1),
             conv1_kernel=(3, 7, 7),
         ),
-        20,
+        40,
     ),
     'X3D': (dict(gamma_w=1, gamma_b=2.25, gamma_d=2.2), 84),
     'C3D': (dict(style='pytorch'), 8),
     'ResNet': (dict(depth=18), 20),
+    'ResNetTSM': (dict(depth=18, num_segments=2, pretrained2d=False), 20),
 }
+FLAT = ('ResNet', 'ResNetTSM')
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +92,7 @@ def test_networks_at_their_defaults(name):
     assert undecided_layers(model) == []
     model.eval()
     if name != 'C3D':  # its fully connected layers are made for clips of 16 x 112 x 112
-        clip = torch.randn(2, 3, 8, 32, 32) if name != 'ResNet' else torch.randn(2, 3, 32, 32)
+        clip = torch.randn(2, 3, 8, 32, 32) if name not in FLAT else torch.randn(2, 3, 32, 32)
         with torch.no_grad():
             outputs = [m(clip) for m in (model, collapse_ssn(copy.deepcopy(model)))]
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
@@ -110,12 +113,14 @@ def test_blocks_start_at_zero():
     assert model.layer1[0].conv1.bn.weight.all()
 
 
-@pytest.mark.parametrize('name', ['ResNet3d', 'ResNet'])
+@pytest.mark.parametrize('name', ['ResNet3d', *FLAT])
 def test_a_released_file_inflated_and_as_it_is(name, tmp_path):
-    flat = name == 'ResNet'
+    flat = name in FLAT
     width = 64 if flat else 8
     file = released_file(tmp_path / 'net.pth', width=width, undecided=0.3)
-    options = {} if flat else dict(base_channels=width, pretrained2d=True)
+    options = {} if flat else dict(base_channels=width)
+    if name != 'ResNet':
+        options['pretrained2d'] = True
     model = build(name, pretrained=f'named_bn://{file}', **options)
     model.init_weights()
     state = released_state(width=width, undecided=0.3)
@@ -127,7 +132,8 @@ def test_a_released_file_inflated_and_as_it_is(name, tmp_path):
         layer = found[f'{where}.bn']
         for key in ('weight', 'running_var', 'mean_weight', 'mean_fixed', 'radius'):
             assert torch.equal(getattr(layer, key).flatten(), state[f'{theirs}.{key}'].flatten())
-    weight = model.layer1[0].conv1.conv.weight
+    conv = model.layer1[0].conv1.conv
+    weight = (conv.net if name == 'ResNetTSM' else conv).weight
     if not flat:
         weight = weight.sum(2)
     torch.testing.assert_close(weight, state['layer1.0.conv1.weight'])

@@ -4,18 +4,19 @@ It needs mmpose 1.3.2, which does not install beside the OneDL packages; how to 
 stands in docs/other-codebases.md.
 """
 
-import copy
+from pathlib import Path
 
 import pytest
-import torch
-from mmengine.optim import build_optim_wrapper
+from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from other_codebases import check_collapse, train
 from torch import nn
 
-from ssn_plugin import SSN, collapse_ssn, radius_at, set_radius, undecided_layers
+from ssn_plugin import SSN
 
+mmpose = pytest.importorskip('mmpose')
 pytest.importorskip('mmpose.models')
-from mmpose.testing import get_packed_inputs
+get_packed_inputs = pytest.importorskip('mmpose.testing').get_packed_inputs
 
 CODEC = dict(type='MSRAHeatmap', input_size=(64, 64), heatmap_size=(16, 16), sigma=2)
 ESTIMATOR = dict(
@@ -49,30 +50,22 @@ def test_an_estimator_is_trained_decided_and_collapsed():
     model.init_weights()
     assert type(model.backbone).__module__ == 'ssn_plugin.models.mmpose_resnet'
     assert len([module for module in model.modules() if isinstance(module, SSN)]) == 20
-    wrapper = build_optim_wrapper(
-        model,
-        dict(optimizer=dict(type='Adam', lr=1e-3), constructor='SSNOptimWrapperConstructor'),
-    )
-    losses = []
-    data = batch()
-    for step in range(12):
-        set_radius(model, radius_at(step / 12))
-        losses.append(float(model.train_step(copy.deepcopy(data), wrapper)['loss_kpt']))
-    assert losses[-1] < losses[0]
-    assert undecided_layers(model) == []
-    model.eval()
-    collapsed = collapse_ssn(copy.deepcopy(model))
-    assert not [module for module in collapsed.modules() if isinstance(module, SSN)]
-    found, expected = (
-        m.data_preprocessor(copy.deepcopy(data), False)['inputs'] for m in (collapsed, model)
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(
-            collapsed(found, None, mode='tensor'),
-            model(expected, None, mode='tensor'),
-            rtol=1e-4,
-            atol=1e-5,
-        )
+    losses = train(model, batch(), 12)
+    assert losses[-1]['loss_kpt'] < losses[0]['loss_kpt']
+    check_collapse(model, batch())
+
+
+def test_rtmpose():
+    """Whose backbone is mmdet's CSPNeXt."""
+    path = Path(mmpose.__file__).parent / '.mim/configs/body_2d_keypoint/rtmpose/coco'
+    cfg = Config.fromfile(path / 'rtmpose-t_8xb256-420e_coco-256x192.py').model
+    cfg.backbone.update(norm_cfg=dict(type='SSN'), widen_factor=0.125, init_cfg=None)
+    cfg.head.in_channels = 128
+    model = MODELS.build(cfg)
+    data = get_packed_inputs(2, img_shape=(256, 192), input_size=(192, 256), with_simcc_label=True)
+    assert len([module for module in model.modules() if isinstance(module, SSN)]) == 33
+    train(model, data, 4)
+    check_collapse(model, data)
 
 
 def test_norm_eval_is_that_of_mmpose_and_reaches_ssn():
