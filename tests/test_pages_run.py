@@ -118,4 +118,4 @@ def test_own_segmentation_data_by_its_page(clone):
     )
     assert len(list((clone / 'pictures').rglob('*.png'))) == 2
     decided = run('python tools/analyze_selection.py own', clone)
-    assert 'decode_head.image_pool' in decided
+    assert 'image_pool.1.sn' in decided
