@@ -44,6 +44,12 @@ def main() -> None:
         help='leave layers that are still a mixture as they are, where they are an error otherwise',
     )
     parser.add_argument(
+        '--plain',
+        action='store_true',
+        help='write config and weights that need nothing of ssn_plugin; for models in which all '
+        'layers of a norm_cfg chose the same normalizer',
+    )
+    parser.add_argument(
         '--images',
         metavar='PATH',
         nargs='+',
@@ -89,6 +95,7 @@ def main() -> None:
                 args.overwrite,
                 args.allow_pickle,
                 args.cfg_options,
+                args.plain,
             )
     except (CheckpointError, InputError) as error:
         sys.exit(f'collapse.py: {error}')

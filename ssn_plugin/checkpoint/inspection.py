@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
@@ -11,8 +11,8 @@ from ssn_plugin.checkpoint.candidates import Candidates, candidate_names
 from ssn_plugin.checkpoint.files import md5_of, read_checkpoint, weights_entry, weights_in
 from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
 from ssn_plugin.checkpoint.release import RELEASES
-from ssn_plugin.checkpoint.selection import histogram, selections
-from ssn_plugin.checkpoint.traits import told_candidates
+from ssn_plugin.checkpoint.selection import Selected, histogram, selections
+from ssn_plugin.checkpoint.traits import told_candidates, told_selection
 
 
 def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, str]:
@@ -46,16 +46,19 @@ def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> d
         else f'no ResNet known here; its keys are {shown(list(backbone))}'
     ) + " under 'backbone.'" * inside
     report['weights'] = f'{len(weights)} entries, {numbers / 1e6:.2f} million numbers'
-    report['norm layers'] = _kinds_of(backbone) or 'none'
-    beside = _kinds_of({key: weights[key] for key in left_out})
-    if beside:
-        report['norms elsewhere'] = beside
     told = told_candidates(checkpoint)
     selected = selections(weights, told)
+    collapsed = told_selection(checkpoint)
+    kinds = norm_layers(weights) | _names_of(collapsed, weights)
+    prefix = 'backbone.' * inside
+    report['norm layers'] = _counts(kinds, lambda name: name.startswith(prefix)) or 'none'
+    beside = _counts(kinds, lambda name: not name.startswith(prefix))
+    if beside:
+        report['norms elsewhere'] = beside
     if selected:
         report['candidates'] = _candidates(weights, selected, told)
-    if 'SSN' in norm_layers(weights).values():
-        report['selection'] = _by_stage(selected)
+    if collapsed or 'SSN' in kinds.values():
+        report['selection'] = _by_stage(collapsed | selected)
     classifier = [key for key in weights if is_classifier(key)]
     if classifier:
         report['classifier'] = f'{weights[classifier[0]].shape[0]} classes'
@@ -94,17 +97,20 @@ def _origin(path: str, md5: str, checkpoint: Mapping, weights: Mapping[str, Tens
     return 'unknown'
 
 
-def _kinds_of(state: Mapping[str, Tensor]) -> str:
-    """How many norms of which kind, such as '53 BN, 4 LN or GN'."""
-    resnet = describe(state).depth is not None
-    kinds = Counter(
-        # LayerNorm and GroupNorm have the same entries; only a name can tell them apart.
-        'LN or GN'
-        if kind == 'GN' and not resnet and not re.search(r'(?:^|\.)gn\d*$', name)
-        else kind
-        for name, kind in norm_layers(state).items()
-    )
-    return ', '.join(f'{count} {kind}' for kind, count in kinds.most_common())
+def _names_of(collapsed: Mapping[str, Selected], weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of collapsed layers that hold something -> the normalizers that they are."""
+    there = {key.rpartition('.')[0] for key in weights}
+    return {
+        name: next(iter(histogram({name: pair})))
+        for name, pair in collapsed.items()
+        if name in there
+    }
+
+
+def _counts(kinds: Mapping[str, str], wanted: Callable[[str], bool]) -> str:
+    """How many norms of which kind, such as '53 BN, 4 LN/BN'."""
+    counts = Counter(kind for name, kind in kinds.items() if wanted(name))
+    return '; '.join(f'{count} {kind}' for kind, count in counts.most_common())
 
 
 def _candidates(weights: Mapping[str, Tensor], layers: Iterable[str], told: Candidates) -> str:

@@ -17,6 +17,9 @@ _DEPTHS = {
     (True, (3, 8, 36, 3)): 152,
 }
 # Classifiers: torchvision, timm and the releases; mmpretrain.
+# What holds a weight and a bias for each channel and nothing else.
+_UNTRACKED = 'LN, GN or IN'
+_GROUP_NORM = re.compile(r'(?:^|\.)gn\d*$')
 _CLASSIFIER = re.compile(r'^(fc|head\.fc)\.(weight|bias)$')
 
 
@@ -25,7 +28,7 @@ class Layout:
     """What a backbone's state dict holds.
 
     Attributes:
-        norm: 'SSN', 'SN', 'BN', 'GN' or 'none'.
+        norm: As of :func:`norm_layers`, or 'none'.
         depth: 18, 34, 50, 101 or 152; None if the blocks are those of no ResNet known here.
         deep_stem: Whether the stem is three 3x3 convolutions.
         avg_down: Whether shortcuts pool before they convolve.
@@ -51,17 +54,16 @@ def is_classifier(key: str) -> bool:
 
 
 def norm_kind(entries: Mapping[str, Tensor]) -> str | None:
-    """What norm a module is that holds these entries: 'SSN', 'SN', 'BN' or 'GN'; None for others.
+    """What norm a module is that holds these entries: 'SSN', 'SN', 'BN' or 'LN, GN or IN'.
 
-    'GN' is any other norm with weight and bias for each channel; GroupNorm and LayerNorm hold the
-    same.
+    None for others. What LayerNorm, GroupNorm and InstanceNorm hold is the same.
     """
     if 'mean_weight' in entries:  # without affine parameters there is no weight
         return 'SSN' if 'mean_fixed' in entries else 'SN'
     if 'running_mean' in entries or 'running_var' in entries:
         return 'BN'
     alone = entries.keys() == {'weight', 'bias'}
-    return 'GN' if alone and all(value.dim() == 1 for value in entries.values()) else None
+    return _UNTRACKED if alone and all(v.dim() == 1 for v in entries.values()) else None
 
 
 def check_switchable(state: Mapping[str, Tensor], path: str) -> None:
@@ -86,9 +88,19 @@ def check_switchable(state: Mapping[str, Tensor], path: str) -> None:
 
 
 def norm_layers(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of the norm layers of a state dict and what each is, of :func:`norm_kind`."""
+    """Names of the norm layers of a state dict and what each is, of :func:`norm_kind`.
+
+    A name can tell more: what is called gn1, and the shortcuts of a network that has such, are GN.
+    """
     kinds = {name: norm_kind(entries) for name, entries in places_of(state).items()}
-    return {name: kind for name, kind in kinds.items() if kind}
+    groups = {name for name in kinds if _GROUP_NORM.search(name)}
+    if groups:
+        groups |= {name for name in kinds if re.search(r'\.downsample\.\d+$', name)}
+    return {
+        name: 'GN' if kind == _UNTRACKED and name in groups else kind
+        for name, kind in kinds.items()
+        if kind
+    }
 
 
 def places_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -28,7 +28,7 @@ _ADVICE = {
     'BN': "; take it as 'bn2ssn://{path}' to start from BatchNorm weights",
     'SN': "; take it as 'sn2ssn://{path}' to start from SN's importance ratios",
 }
-_NORM_NAME = re.compile(r'\b(?:bn|sn|gn)(\d*)(?=\.|$)')
+_NORM_NAME = re.compile(r'\b(?:bn|sn|gn|in)(\d*)(?=\.|$)')
 
 
 class Renamed(NamedTuple):

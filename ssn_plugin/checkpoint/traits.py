@@ -15,6 +15,7 @@ from ssn_plugin.checkpoint.candidates import (
     recorded_candidates,
 )
 from ssn_plugin.checkpoint.files import weights_entry
+from ssn_plugin.checkpoint.selection import Selected
 from ssn_plugin.layers.switchable import SwitchableNorm
 
 
@@ -78,3 +79,25 @@ def told_candidates(checkpoint: Mapping) -> Candidates:
         configured_candidates(config) if isinstance(config, str) else {},
         recorded_candidates(checkpoint if entry is None else checkpoint[entry]),
     )
+
+
+def told_selection(checkpoint: Mapping) -> dict[str, Selected]:
+    """What a checkpoint tells of the choices of layers that are collapsed.
+
+    Args:
+        checkpoint: What a file holds.
+
+    Example:
+        >>> from ssn_plugin.checkpoint.traits import told_selection
+        >>> told_selection({'meta': {'collapsed': {'sn1': ('LN', 'BN')}}})
+        {'sn1': Selected(mean='LN', var='BN')}
+    """
+    meta = checkpoint.get('meta')
+    told = meta.get('collapsed') if isinstance(meta, Mapping) else None
+    if not isinstance(told, Mapping):
+        return {}
+    return {
+        str(name): Selected(*map(str, pair))
+        for name, pair in told.items()
+        if isinstance(pair, list | tuple) and len(pair) == 2
+    }

@@ -17,6 +17,7 @@ from ssn_plugin.checkpoint.files import (
     without_stand_ins,
     write_checkpoint,
 )
+from ssn_plugin.checkpoint.matching import in_names_of
 from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.deploy.collapse import choices_of, replace_ssn
 from ssn_plugin.deploy.fold import find_foldable, fold_batch_norms
@@ -28,6 +29,7 @@ from ssn_plugin.jobs.sample_images import sample_batches, sample_images
 from ssn_plugin.jobs.trained_model import build_model, load_strictly
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.models.collapsed_model import NAME, collapsed_config
+from ssn_plugin.models.plain_config import plain_config
 from ssn_plugin.version import __version__
 
 # As a part of the largest output. In some fifty layers rounding errors grow to a few 1e-6.
@@ -75,6 +77,7 @@ def collapse_checkpoint(
     overwrite: bool = False,
     allow_pickle: bool = False,
     options: dict | None = None,
+    plain: bool = False,
 ) -> Collapsed:
     """Collapse the model of a training, and write it with a config that builds it.
 
@@ -98,14 +101,18 @@ def collapse_checkpoint(
         overwrite: Replace files of these names.
         allow_pickle: Unpickle code in ``checkpoint``, which is then trusted.
         options: Settings that override the config's, as the training had them.
+        plain: Write a pair for the framework alone, where every ``norm_cfg`` can name what its
+            layers chose.
 
     Raises:
-        InputError: If the config or the images cannot be used, layers are undecided, or the outputs
-            differ more than the tolerance.
+        InputError: If the config or the images cannot be used, layers are undecided, the outputs
+            differ more than the tolerance, or ``plain`` is not possible.
         CheckpointError: If the checkpoint cannot be read or does not fit, or the files cannot be
             written.
     """
     written = _check_places(config, checkpoint, out, overwrite)
+    if plain and (fold or keep_undecided):
+        raise InputError('--plain: goes neither with --fold nor with --keep-undecided')
     settings = load_config(config, options)
     if settings.get('model') and settings.model.get('type') == NAME:
         raise InputError(f'config: {config} is that of a collapsed model')
@@ -113,15 +120,16 @@ def collapse_checkpoint(
     weights = weights_in(loaded, checkpoint)
     chosen_images = sample_images(settings, images, count)
     trained = build_model(settings, config).eval()
-    names = [name for name, layer in trained.named_modules() if isinstance(layer, SSN)]
-    if not names:
+    layers = {name: layer for name, layer in trained.named_modules() if isinstance(layer, SSN)}
+    if not layers:
         raise InputError(f'config: the model of {config} has no SSN layers')
     load_strictly(trained, weights, checkpoint, config)
     try:
         choices = choices_of(trained, keep_undecided)
     except ValueError as error:
         raise InputError(f'{error}; --keep-undecided leaves them as they are') from error
-    collapsed = replace_ssn(copy.deepcopy(trained), choices, native)
+    # Of what torch computes otherwise (correction=1) the comparison tells.
+    collapsed = replace_ssn(copy.deepcopy(trained), choices, native or plain)
     kinds = _kinds(choices, collapsed)
     folded = []
     if fold:
@@ -132,8 +140,15 @@ def collapse_checkpoint(
         fold_batch_norms(collapsed, folded)
     state = collapsed.state_dict()
 
-    text, new = _as_text(collapsed_config(settings, choices, native, folded), config)
+    new = (
+        plain_config(settings, layers)
+        if plain
+        else collapsed_config(settings, choices, native, folded)
+    )
+    text, new = _as_text(new, config)
     again = build_model(new, written[1]).eval()
+    if plain:  # bn1 for sn1
+        state = in_names_of(again.state_dict(), state).state
     load_strictly(again, state, out, written[1])
     comparison = compare_outputs(trained, again, sample_batches(settings, chosen_images))
     if tolerance is None and not native:
@@ -149,13 +164,13 @@ def collapse_checkpoint(
         *written,
         kinds,
         tuple(norm for _, norm in folded),
-        tuple(name for name in names if name not in choices),
+        tuple(name for name in layers if name not in choices),
         comparison,
         complexity_of(trained, batch),
         complexity_of(again, batch),
         tuple(shape[-2:]),
     )
-    _write({'meta': _meta(loaded, text), 'state_dict': state}, text, *written, overwrite)
+    _write({'meta': _meta(loaded, text, choices), 'state_dict': state}, text, *written, overwrite)
     return result
 
 
@@ -191,12 +206,16 @@ def _kinds(choices: Mapping[str, Sequence[str]], model: nn.Module) -> Counter:
     )
 
 
-def _meta(loaded: Mapping, text: str) -> dict:
-    """What inference reads from a checkpoint: classes, and the config to build the model by."""
+def _meta(loaded: Mapping, text: str, choices: Mapping[str, tuple[str, str]]) -> dict:
+    """What inference reads from a checkpoint: classes, and the config to build the model by.
+
+    Also what layers chose, for of their weights one cannot tell LN from GN.
+    """
     meta = loaded.get('meta')
     known = isinstance(meta, Mapping) and 'state_dict' in loaded
     kept = without_stand_ins(meta) if known else {}
-    return {**kept, 'cfg': text, 'ssn_plugin': __version__, 'made_by': 'collapse'}
+    own = {'cfg': text, 'collapsed': dict(choices), 'ssn_plugin': __version__}
+    return {**kept, **own, 'made_by': 'collapse'}
 
 
 def _write(checkpoint: dict, text: str, path: Path, beside: Path, overwrite: bool) -> None:

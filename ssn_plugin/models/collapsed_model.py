@@ -78,9 +78,8 @@ def collapsed_config(
     Returns:
         A config without pre-trained weights and without the hooks that an SSN training needs.
     """
-    config = copy.deepcopy(config)
+    config = inference_config(config)
     model = config.model
-    _drop_pretrained(model)
     kind = model.type
     # In configs of the new style the type is a class.
     model.base = kind if isinstance(kind, str) else f'{kind.__module__}.{kind.__qualname__}'
@@ -90,6 +89,22 @@ def collapsed_config(
         model.native = True
     if folded:
         model.folded = [tuple(pair) for pair in folded]
+    imports = config.get('custom_imports') or {}
+    names = imports.get('imports') or []
+    names = [names] if isinstance(names, str) else list(names)
+    if 'ssn_plugin' not in names:
+        config.custom_imports = {**imports, 'imports': [*names, 'ssn_plugin']}
+    return config
+
+
+def inference_config(config: Config) -> Config:
+    """A copy without pre-trained weights, and without hooks whose work ends with the training.
+
+    Args:
+        config: That of the training.
+    """
+    config = copy.deepcopy(config)
+    _drop_pretrained(config.model)
     config.load_from = None
     config.resume = False
     if config.get('custom_hooks'):
@@ -97,11 +112,6 @@ def collapsed_config(
     for name, hook in list((config.get('default_hooks') or {}).items()):
         if hook and _trains(hook):
             del config.default_hooks[name]
-    imports = config.get('custom_imports') or {}
-    names = imports.get('imports') or []
-    names = [names] if isinstance(names, str) else list(names)
-    if 'ssn_plugin' not in names:
-        config.custom_imports = {**imports, 'imports': [*names, 'ssn_plugin']}
     return config
 
 

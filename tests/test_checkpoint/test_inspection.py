@@ -179,7 +179,7 @@ def test_norms_with_weight_and_bias_alone(file):
     state = {f'{name}.{key}': value for name in ('a.norm', 'b.ln1', 'c.gn', 'c.gn2')
              for key, value in one.items()}  # fmt: skip
     report = inspect_checkpoint(save(state | ssn_at('d'), file))
-    assert report['norm layers'] == '2 LN or GN, 2 GN, 1 SSN'
+    assert report['norm layers'] == '2 LN, GN or IN; 2 GN; 1 SSN'
 
 
 @pytest.mark.parametrize('radius', [0.0, 1.0])
@@ -260,7 +260,7 @@ def test_candidates_and_selections_of_every_part(file):
     assert lines['all'] == '20 BN, 1 GN'
     assert lines['stem'] == '1 BN'
     assert lines['decode_head'] == '1 GN'
-    assert report['norms elsewhere'] == '1 SSN, 1 LN or GN'
+    assert report['norms elsewhere'] == '1 SSN; 1 LN, GN or IN'
 
 
 def test_parts_of_another_network(file):

@@ -115,9 +115,19 @@ def test_norms_of_any_network():
         nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.PReLU(4), nn.Linear(4, 4),
         nn.BatchNorm1d(4, affine=False), SSN(4), SN(4, affine=False), nn.InstanceNorm2d(4),
     )  # fmt: skip
+    one_of_three = 'LN, GN or IN'
     assert norm_layers(model.state_dict()) == {
-        '0': 'BN', '1': 'GN', '2': 'GN', '5': 'BN', '6': 'SSN', '7': 'SN'
+        '0': 'BN', '1': one_of_three, '2': one_of_three, '5': 'BN', '6': 'SSN', '7': 'SN'
     }  # fmt: skip
+
+
+def test_group_norms_have_their_name():
+    one = {'weight': torch.ones(4), 'bias': torch.zeros(4)}
+    names = ('neck.gn', 'layer1.0.gn1', 'layer1.0.downsample.1', 'head.norm', 'head.ln1')
+    state = {f'{name}.{key}': value for name in names for key, value in one.items()}
+    assert list(norm_layers(state).values()) == ['GN'] * 3 + ['LN, GN or IN'] * 2
+    unnamed = {key: value for key, value in state.items() if '.gn' not in key}
+    assert set(norm_layers(unnamed).values()) == {'LN, GN or IN'}
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,23 @@ def test_every_layer_at_every_size(kind, tmp_path):
             assert difference <= 1e-5 * float(theirs.abs().max()), (layer, theirs.shape)
 
 
+def test_openvino_reads_the_file(tmp_path):
+    openvino = pytest.importorskip('openvino')
+    network = Network([layer for kind in LAYERS for layer in LAYERS[kind]()]).eval()
+    inputs = [torch.randn(shape) + 1 for shape in SHAPES]
+    with torch.no_grad():
+        expected = [network(x) for x in inputs]
+    hold_ratios(collapse_ssn(network, keep_undecided=True))
+    path = tmp_path / 'a.onnx'
+    write_onnx(network, [f'y{k}' for k in range(len(network.norms))], path)
+    # Without the hint it takes bfloat16 where the CPU has it.
+    exact = {'INFERENCE_PRECISION_HINT': 'f32'}
+    compiled = openvino.Core().compile_model(str(path), 'CPU', exact)
+    for x, wanted in zip(inputs, expected, strict=True):
+        found = [torch.from_numpy(y) for y in compiled(x.numpy()).values()]
+        assert relative_difference(found, wanted) < 1e-5
+
+
 def test_the_file(tmp_path):
     import onnx
 

@@ -92,7 +92,9 @@ def test_tracing_what_was_not_collapsed(kind, correction, layer):
 def test_the_torchscript_exporter_takes_what_was_not_collapsed(kind, opset, tmp_path):
     pytest.importorskip('onnx')
     runtime = pytest.importorskip('onnxruntime')
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), network(kind, 0), nn.ReLU()).eval()
+    norm = network(kind, 0)
+    # Used twice, as by a head that serves every level of a pyramid.
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), norm).eval()
     path = str(tmp_path / 'net.onnx')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

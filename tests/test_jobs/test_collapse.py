@@ -14,7 +14,8 @@ from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import DefaultScope
 
-from ssn_plugin import collapse_ssn
+from ssn_plugin import SSN, collapse_ssn
+from ssn_plugin.checkpoint.inspection import inspect_checkpoint
 from ssn_plugin.deploy.collapse import choices_of
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.collapse import collapse_checkpoint
@@ -75,16 +76,32 @@ def test_what_is_written(source, tmp_path):
     assert all(torch.equal(saved['state_dict'][key], expected[key]) for key in expected)
     assert saved['meta']['dataset_meta'] == {'classes': ('a', 'b')}
     assert saved['meta']['cfg'] == (tmp_path / 'out.py').read_text()
+    chosen = choices_of(decided_model(small_segmentor(correction=1)))
+    assert saved['meta']['collapsed'] == chosen
     config = Config.fromfile(tmp_path / 'out.py')
     assert config.model.type == 'CollapsedSSN'
-    assert {name: tuple(pair) for name, pair in config.model.choices.items()} == choices_of(
-        decided_model(small_segmentor(correction=1))
-    )
+    assert {name: tuple(pair) for name, pair in config.model.choices.items()} == chosen
     assert sum(done.layers.values()) == len(config.model.choices)
     assert done.undecided == ()
     params = sum(parameter.numel() for parameter in trained.parameters())
     assert done.after.params == params
     assert done.before.params == params + 6 * len(config.model.choices)
+
+
+def test_the_file_says_what_each_norm_is(source, tmp_path):
+    """LN, GN and IN hold the same tensors."""
+    source_layers = decided_model(small_segmentor())
+    names = [name for name, layer in source_layers.named_modules() if isinstance(layer, SSN)]
+    pairs = [('LN', 'LN'), ('GN', 'GN'), ('BN', 'BN'), ('LN', 'BN'), ('LN', 'LN'), ('GN', 'GN')]
+    for name, pair in zip(names, pairs, strict=True):
+        source_layers.get_submodule(name).select(*pair)
+    (tmp_path / 'net.py').write_text(small_segmentor().pretty_text)
+    torch.save({'state_dict': source_layers.state_dict()}, tmp_path / 'net.pth')
+    done = collapse(source, tmp_path / 'out.pth', tmp_path / 'net')
+    report = inspect_checkpoint(done.checkpoint)
+    assert report['norm layers'] == '2 LN; 1 GN; 1 BN; 1 LN/BN'
+    assert report['norms elsewhere'] == '1 GN'
+    assert report['selection'].splitlines()[0].split(maxsplit=1)[1] == '2 LN, 2 GN, 1 BN, 1 LN/BN'
 
 
 def test_the_options_of_the_training(source, tmp_path):

@@ -51,8 +51,9 @@ def switchable_norm(
             found = given if name not in from_rows else _pooled(moments, name, settings)
             mean = mean + mean_ratio * found.mean.to(dtype) if _takes_part(mean_ratio) else mean
             var = var + var_ratio * found.var.to(dtype) if _takes_part(var_ratio) else var
-    scale = torch.rsqrt(var)
-    scale = scale if weight is None else scale * weight.to(dtype)
+    # Not the weight times 1 / sqrt: ONNX Runtime's fusion of these two loses weights that several
+    # layers or several calls share.
+    scale = torch.rsqrt(var) if weight is None else weight.to(dtype) / var.sqrt()
     y = (rows - mean.unsqueeze(-1)) * scale.unsqueeze(-1)
     y = y if bias is None else y + bias.to(dtype).unsqueeze(-1)
     return y.to(x.dtype).reshape(x.shape)
