@@ -18,6 +18,7 @@ from mmengine.model import BaseDataPreprocessor, BaseModel, ExponentialMovingAve
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from processes import run_processes
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -755,6 +756,31 @@ def test_generators_of_the_training_are_left_alone(make_runner):
     for before, after in zip(note.before, note.after, strict=True):
         assert before[:2] == after[:2]
         assert torch.equal(before[2], after[2])
+
+
+def checkpointed(runner) -> None:
+    turn_on_activation_checkpointing(runner.model, ['norm1', 'conv2', 'norm2'])
+
+
+def replaced(runner) -> None:
+    own = runner.model.norm1.forward
+    runner.model.norm1.forward = lambda x: own(x)
+
+
+@pytest.mark.parametrize('change', [checkpointed, replaced])
+def test_a_forward_that_is_bound_to_the_model_is_not_that_of_the_copy(make_runner, change):
+    """Of mmengine's activation_checkpointing; or of whoever wraps it, and then that is said."""
+    plain = make_runner(True, hooks=[RADIUS], validate=True)
+    plain.train()
+    runner = make_runner(True, hooks=[RADIUS, PRECISE], validate=True)
+    change(runner)
+    runner.train()
+    before = [f'{each.work_dir}/epoch_2.pth' for each in (plain, runner)]  # before its last work
+    plain, ours = (torch.load(path, weights_only=False)['state_dict'] for path in before)
+    for name, value in plain.items():
+        assert torch.equal(value, ours[name]), name
+    log = next(Path(runner.work_dir).glob('*/*.log')).read_text()
+    assert ('the model cannot be copied' in log) == (change is replaced)
 
 
 def test_a_compiled_model_is_copied(make_runner):

@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -272,11 +273,22 @@ def _copy_sharing_weights(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:  # torch would refuse to copy it
                 shared[id(value)] = value.detach().clone()
     copied = copy.deepcopy(model, shared)
-    for module in copied.modules():
-        # A compiled forward is bound to the original model.
-        if hasattr(vars(module).get('forward'), '_torchdynamo_orig_callable'):
+    for original, module in zip(model.modules(), copied.modules(), strict=True):
+        # A function around the forward pass, compiled or with activation checkpointing, is not
+        # copied and goes on to call the original.
+        if isinstance(vars(original).get('forward'), FunctionType):
+            if getattr(_wrapped(original.forward), '__func__', None) is not type(original).forward:
+                raise ValueError(f'{type(original).__name__}.forward is replaced by a function')
             del module.forward
     return copied
+
+
+def _wrapped(function: Callable) -> Callable:
+    """What a function leads to that was put around another one."""
+    for name in ('_torchdynamo_orig_callable', '__wrapped__'):
+        if hasattr(function, name):
+            return _wrapped(getattr(function, name))
+    return function
 
 
 class _SameData(Dataset):
