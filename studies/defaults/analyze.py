@@ -186,8 +186,9 @@ def rate_table(size: str, best: str, rows: Sequence[RowText]) -> str:
                         run_of(size, name, (task, batch), SCREENING[0], lr_factor=factor)
                         for factor in LR_FACTORS
                     ]
-                    cells = [_score(run, rows) for run in runs]
-                    lines.append([f'{task}, {images(batch)}', name, *cells])
+                    if any(all_done([run], rows) for run in runs[1:]):
+                        cells = [_score(run, rows) for run in runs]
+                        lines.append([f'{task}, {images(batch)}', name, *cells])
     return markdown(['', '', *(f'x {factor:g}' for factor in LR_FACTORS)], lines)
 
 
