@@ -287,14 +287,44 @@ def test_the_page_of_results_quotes_the_rows():
         assert f'{score} {before} -> {after} (GN {other})' in page
 
 
+def confirmed() -> tuple[defaults.Confirmed, str]:
+    """The published rows of the study on defaults and of those beside it, and the best rule."""
+    rows, small, transferred = (
+        ledger.read(ROOT / 'studies' / study / 'results.csv')
+        for study in ('defaults', 'small_batches', 'transfer')
+    )
+    return (
+        defaults.Confirmed(rows, list(defaults.published(small, transferred))),
+        defaults.best_so_far('cpu', rows),
+    )
+
+
 def test_the_readme_quotes_the_rows():
-    page = (ROOT / 'README.md').read_text()
-    rows = ledger.read(ROOT / 'studies' / 'small_batches' / 'results.csv')
-    found = small_batches.Results(rows, 'cpu')
-    for batch, norms in ((2, ('BN', 'SN', 'SSN', 'GN')), (32, ('BN', 'SSN', 'GN'))):
-        means = {norm: found.values('top1', norm, batch) for norm in norms}
-        text = ', '.join(f'{norm} {sum(v) / len(v):.1f} %' for norm, v in means.items())
-        assert text in page.replace('**', '')
+    found, best = confirmed()
+    _, _, text = (ROOT / 'README.md').read_text().partition('## When to use it\n')
+    lines = [line.strip('| ').split(' | ') for line in text.split('\n## ')[0].split('\n')]
+    tasks = {'classification': 'cls', 'segmentation': 'seg', 'detection': 'det'}
+    cells = [(tasks.get(line[0].split(',')[0]), *line[1:5]) for line in lines if len(line) == 6]
+    cells = [cell for cell in cells if cell[0]]
+    assert len(cells) >= 3
+    for task, batch, *shown in cells:
+        for name, value in zip(('BN', 'GN', best), shown, strict=True):
+            values = found.values(name, task, int(batch))
+            mean = f'{sum(values) / len(values):.1f}' if values else 'refused'
+            assert value == mean, (task, batch, name)
+
+
+def test_the_page_of_results_quotes_the_study_on_defaults():
+    found, best = confirmed()
+    page = (ROOT / 'docs' / 'results.md').read_text()
+    _, _, claim = page.partition('(ours) With the candidates LN, GN and BN')
+    for task, batches in defaults_recipe.BATCHES.items():
+        for name in ('SSN', *defaults_recipe.NORMS):
+            means = []
+            for batch in batches:
+                values = found.values(best if name == 'SSN' else name, task, batch)
+                means.append(f'{sum(values) / len(values):.1f}' if values else 'refused')
+            assert f'{name} {" / ".join(means)}' in claim.split('\n')[0], (task, name)
 
 
 def test_tables_are_put_between_the_marks_alone(tmp_path):
