@@ -217,3 +217,14 @@ def test_empty_input_comes_back_as_from_batch_norm(shape, training, dtype):
         assert leaf.grad.shape == leaf.shape
         assert (leaf.grad == 0).all()
     assert all(map(torch.equal, running, before))
+
+
+@pytest.mark.parametrize(('mean', 'var'), [(1.0, 0.5), (0.5, 1.0), (1.0, 1.0)])
+def test_ratios_of_one_candidate_need_not_be_one(mean, var):
+    """Given ratios are taken as they are, on the simplex or not."""
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64) + 1
+    first = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    y = switchable_norm(x, mean * first, var * first, eps=0.0)
+    own = x.mean((2, 3), keepdim=True), x.var((2, 3), correction=0, keepdim=True)
+    expected = (x - mean * own[0]) / (var * own[1]).sqrt()
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)

@@ -79,9 +79,11 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     state = checkpoint if entry is None else checkpoint[entry]
     if not state or not all(isinstance(k, str) and isinstance(state[k], Tensor) for k in state):
         raise CheckpointError(f'{path}: holds no state dict of weights')
-    empty = next((key for key, value in state.items() if value.is_meta), None)
-    if empty is not None:
-        raise CheckpointError(f'{path}: {empty} has no values: it was saved from the meta device')
+    for key, value in state.items():
+        if value.is_meta:
+            raise CheckpointError(f'{path}: {key} has no values: it was saved from the meta device')
+        if value.layout != torch.strided:
+            raise CheckpointError(f'{path}: {key} is a sparse tensor, expected a dense one')
     check_switchable(state, path)
     weights = OrderedDict((key.removeprefix('module.'), value) for key, value in state.items())
     known = getattr(state, '_metadata', {})

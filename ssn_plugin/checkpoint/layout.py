@@ -70,7 +70,8 @@ def check_switchable(state: Mapping[str, Tensor], path: str) -> None:
     """See that every SSN and SN layer of a state dict is whole.
 
     Raises:
-        CheckpointError: If one lacks something, or has control parameters of different sizes.
+        CheckpointError: If one lacks something, has control parameters of different sizes, or a
+            radius that is none.
     """
     for name, entries in places_of(state).items():
         sizes = [entries[key].numel() for key in ('mean_weight', 'var_weight') if key in entries]
@@ -85,6 +86,11 @@ def check_switchable(state: Mapping[str, Tensor], path: str) -> None:
         ):
             held = ', '.join(f'{key} {list(value.shape)}' for key, value in entries.items())
             raise CheckpointError(f'{path}: {name or "it"} is no whole SSN or SN layer: {held}')
+        if sizes and 'radius' in entries and not float(entries['radius']) >= 0:
+            raise CheckpointError(
+                f'{path}: {name or "it"} has the radius {float(entries["radius"])}, expected at '
+                'least 0'
+            )
 
 
 def norm_layers(state: Mapping[str, Tensor]) -> dict[str, str]:

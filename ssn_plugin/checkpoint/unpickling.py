@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import re
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
@@ -154,7 +155,9 @@ def _reader(
                 if trusted:
                     return _load(f, map_location, pickle_module, weights_only=False, **kwargs)
                 _refuse_archive(f, path)
-                with allow_only(allowed):
+                # torch warns of a pickle's protocol before it says what is wrong with it.
+                with allow_only(allowed), warnings.catch_warnings():
+                    warnings.simplefilter('ignore')
                     read = _load(f, map_location, weights_only=True, **kwargs)
         except (CheckpointError, FileNotFoundError):
             raise

@@ -1,12 +1,15 @@
 """Reading files, whole or broken, and writing whole files or none."""
 
 import hashlib
+import math
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import stat
 import tempfile
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 import torch
 from released_files import released_checkpoint, released_state, save
 
+from ssn_plugin import SSN
 from ssn_plugin.checkpoint.files import (
     check_writable,
     md5_of,
@@ -135,6 +139,8 @@ def test_weights_without_values():
     state = torch.nn.Linear(2, 2, device='meta').state_dict()
     said = message_of(weights_in, {'state_dict': state}, 'net.pth')
     assert said == 'net.pth: weight has no values: it was saved from the meta device'
+    state = {'weight': torch.ones(2, 2).to_sparse()}
+    assert message_of(weights_in, state, 'net.pth').startswith('net.pth: weight is a sparse tensor')
 
 
 def test_the_release_names_its_model_by_a_string():
@@ -180,6 +186,20 @@ def test_layers_that_are_not_whole(changes):
     broken = {key: value for key, value in (layer | changes).items() if value is not None}
     text = message_of(weights_in, {f'a.sn1.{key}': value for key, value in broken.items()}, 'n.pth')
     assert text.startswith('n.pth: a.sn1 is no whole SSN or SN layer: ')
+
+
+@pytest.mark.parametrize('radius', [math.nan, -0.1])
+def test_a_radius_that_is_none(radius):
+    state = SSN(4).state_dict() | {'radius': torch.tensor(radius)}
+    assert f'it has the radius {radius}'[:20] in message_of(weights_in, state, 'n.pth')
+
+
+def test_a_pickle_that_torch_warns_of(file):
+    """Of another protocol than torch's: what is said is one line."""
+    file.write_bytes(pickle.dumps({'a': 1}))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert 'not a checkpoint of torch' in message_of(read_checkpoint, file)
 
 
 @pytest.mark.parametrize('size', [0, 1, (1 << 20) - 1, 1 << 20, (1 << 21) + 7])

@@ -422,3 +422,22 @@ def test_elsewhere_gives_the_same(training, var, monkeypatch):
     monkeypatch.setattr(aten, 'readable', lambda *tensors: False)
     assert_close(results(again, x, dy), expected, rtol=1e-6, atol=1e-7)
     assert_close(dict(again.named_buffers()), dict(layer.named_buffers()))
+
+
+@pytest.mark.parametrize('var', ['LN', 'GN', None])
+def test_a_write_between_forward_and_backward_does_no_harm(var):
+    """As an average of models or a second optimizer may make one; nobody reads what was written."""
+    layer = layer_on('LN', var)
+    again = copy.deepcopy(layer)
+    x, dy = image(SHAPES[0]), image(SHAPES[0])
+    expected = results(layer, x, dy)
+    x = x.clone().requires_grad_()
+    y = again(x)
+    with torch.no_grad():
+        again.mean_weight.add_(1)
+        if var is not None:
+            again.var_weight.mul_(3)
+    y.backward(dy)
+    found = {name: parameter.grad for name, parameter in again.named_parameters()}
+    found |= {'x': x.grad, 'y': y.detach()}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
