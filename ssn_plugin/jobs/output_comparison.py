@@ -223,7 +223,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 def _compare_decisions(ours: object, theirs: object, found: Comparison) -> None:
     """Add one image's boxes or classes, by the names that OpenMMLab's data samples share."""
-    if 'pred_instances' in ours:
+    if _are_boxes(ours.get('pred_instances')):
         _match_boxes(ours.pred_instances, theirs.pred_instances, found)
     for name, part, classified in (
         ('pred_sem_seg', 'data', 'pixels'),
@@ -238,6 +238,13 @@ def _compare_decisions(ours: object, theirs: object, found: Comparison) -> None:
             found.classified = classified
             found.labels += labels.numel()
             found.equal_labels += int((labels == others).sum())
+
+
+def _are_boxes(instances: object) -> bool:
+    """Whether they are what mmdet detects; mmpose has keypoints, and mmrotate boxes of an angle."""
+    if instances is None or not all(key in instances for key in ('bboxes', 'scores', 'labels')):
+        return False
+    return isinstance(instances.bboxes, Tensor) and instances.bboxes.shape[-1] == 4
 
 
 def _match_boxes(ours: object, theirs: object, found: Comparison) -> None:

@@ -81,6 +81,20 @@ def test_boxes_are_matched():
     assert found.score == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    'others',
+    [
+        dict(keypoints=torch.zeros(2, 17, 2), bboxes=torch.zeros(2, 4).numpy()),  # mmpose
+        dict(bboxes=torch.zeros(2, 5), scores=torch.ones(2), labels=torch.ones(2)),  # mmrotate
+    ],
+    ids=['keypoints', 'rotated'],
+)
+def test_instances_that_are_no_upright_boxes_are_left_alone(others):
+    first, second = (Scaled(torch.ones(1), pred_instances=InstanceData(**others)) for _ in range(2))
+    found = compare(first, second)
+    assert (found.images, found.boxes, found.largest) == (1, None, 0)
+
+
 def test_boxes_that_have_no_match():
     box = (0, 0, 10, 10, 0.9, 1)
     for others in ([], [(0, 0, 10, 10, 0.9, 2)], [(0, 0, 10, 8, 0.9, 1)]):
