@@ -61,15 +61,16 @@ def weights_entry(checkpoint: Mapping) -> str | None:
     for name in ('state_dict', 'model'):
         if isinstance(checkpoint.get(name), Mapping):
             return name
-    return None
+    found = [name for name, value in checkpoint.items() if _is_state(value)]
+    return found[0] if len(found) == 1 else None
 
 
 def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
-    """The state dict of a checkpoint, without the ``module.`` of a parallel wrapper.
+    """The state dict of a checkpoint, without the names of a parallel wrapper or torch.compile.
 
     Args:
-        checkpoint: A state dict, or a dict with one under 'state_dict' (training scripts, mmengine)
-            or 'model' (torchvision's scripts).
+        checkpoint: A state dict, or a dict with one under 'state_dict' (training scripts,
+            mmengine), 'model' (torchvision's scripts) or whatever name, if there is no other.
         path: Where it is from, for the error.
 
     Raises:
@@ -77,7 +78,7 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     """
     entry = weights_entry(checkpoint)
     state = checkpoint if entry is None else checkpoint[entry]
-    if not state or not all(isinstance(k, str) and isinstance(state[k], Tensor) for k in state):
+    if not _is_state(state):
         raise CheckpointError(f'{path}: holds no state dict of weights')
     for key, value in state.items():
         if value.is_meta:
@@ -85,10 +86,21 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
         if value.layout != torch.strided:
             raise CheckpointError(f'{path}: {key} is a sparse tensor, expected a dense one')
     check_switchable(state, path)
-    weights = OrderedDict((key.removeprefix('module.'), value) for key, value in state.items())
+    weights = OrderedDict((_unwrapped(key), value) for key, value in state.items())
     known = getattr(state, '_metadata', {})
-    weights._metadata = {name.removeprefix('module.'): value for name, value in known.items()}
+    weights._metadata = {_unwrapped(name): value for name, value in known.items()}
     return weights
+
+
+def _is_state(value: object) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _unwrapped(name: str) -> str:
+    # torch.compile wraps a model, or parts of it.
+    return name.replace('_orig_mod.', '').removeprefix('module.')
 
 
 def md5_of(path: str | os.PathLike) -> str:

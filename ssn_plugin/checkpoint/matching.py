@@ -80,8 +80,20 @@ def _same_names(name: str) -> str:
     return _NORM_NAME.sub(r'norm\1', name)
 
 
+def is_repeated(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds several parts of a model's names, as a network holds its blocks."""
+    counts = _prefixes(own, loaded)
+    return list(counts.values()).count(max(counts.values())) > 1
+
+
 def _prefix(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str:
     """What stands before most of the model's names in the file."""
+    counts = _prefixes(own, loaded)
+    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)))
+
+
+def _prefixes(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Counter:
+    """How many of the model's names stand behind each prefix in the file."""
     wanted = set(map(_same_names, own))
     counts = Counter({'': 0})
     for key in loaded:
@@ -89,7 +101,7 @@ def _prefix(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str:
         for i in range(len(parts)):
             if '.'.join(parts[i:]) in wanted:
                 counts[''.join(f'{part}.' for part in key.split('.')[:i])] += 1
-    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)))
+    return counts
 
 
 def _shapes(entries: Mapping[str, Tensor]) -> tuple:

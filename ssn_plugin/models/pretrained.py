@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssn_plugin.checkpoint.candidates import Candidates
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
 from ssn_plugin.checkpoint.layout import describe, shown
-from ssn_plugin.checkpoint.matching import check_match
+from ssn_plugin.checkpoint.matching import check_match, is_repeated
 from ssn_plugin.checkpoint.release import released
 from ssn_plugin.checkpoint.selection import selections
 from ssn_plugin.checkpoint.traits import told_traits, traits_of
@@ -209,9 +209,16 @@ def load_warm_start(module: nn.Module, entry: dict) -> None:
     """
     path = entry['checkpoint']
     checkpoint = load_checkpoint(path)
-    state, lines, anew = warm_start(
-        module, _weights_of(entry, checkpoint), path, bn_ratio_of(checkpoint)
-    )
+    weights = _weights_of(entry, checkpoint)
+    try:
+        state, lines, anew = warm_start(module, weights, path, bn_ratio_of(checkpoint))
+    except CheckpointError:
+        # Some networks give their own init_cfg to every block, and are filled after these.
+        if not is_repeated(module.state_dict(), weights):
+            raise
+        told = f'{path} has several such parts and is left to the module around it'
+        print_log(f'{type(module).__name__}: {told}', logger='current')
+        return
     load_pretrained(module, state, path)
     log_warm_start(type(module).__name__, lines, anew)
 

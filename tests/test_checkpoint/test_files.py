@@ -125,8 +125,8 @@ def test_it_comes_to_the_cpu_and_no_more_than_a_dict(file):
 STATE = OrderedDict({'a.module.weight': torch.ones(2), 'module_b.weight': torch.zeros(1)})
 
 
-@pytest.mark.parametrize('entry', ['state_dict', 'model', None])
-@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('entry', ['state_dict', 'model', 'net', None])
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
 def test_weights_in(entry, prefix):
     state = OrderedDict((prefix + key, value) for key, value in STATE.items())
     checkpoint = state if entry is None else {'epoch': 1, entry: state}
@@ -157,6 +157,7 @@ def test_the_release_names_its_model_by_a_string():
         {'state_dict': {}},
         {'state_dict': {'a': np.ones(2)}},
         {'state_dict': {1: torch.ones(2)}},
+        {'student': {'a': torch.ones(2)}, 'teacher': {'a': torch.ones(2)}},
     ],
 )
 def test_no_weights(checkpoint):

@@ -8,12 +8,15 @@ from importlib import import_module
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from plain_resnet import relative_error
 from released_files import save
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssn_plugin import SSN, set_radius
@@ -373,3 +376,28 @@ def test_a_part_of_a_whole_model(prefix, tmp_path):
     neck = build('mmdet', with_norm(config.neck, 'SSN') | dict(init_cfg=init_cfg))
     neck.init_weights()
     assert assert_taken_over(network.neck, neck) == 8
+
+
+class Block(BaseModule):
+    def __init__(self, width, norm_cfg, init_cfg):
+        super().__init__(init_cfg)
+        self.conv = ConvModule(3, width, 3, norm_cfg=norm_cfg)
+
+
+class GivesItsInitCfgAway(BaseModule):
+    """As RepVGG and CSPDarkNet of mmpretrain do."""
+
+    def __init__(self, norm_cfg, init_cfg=None):
+        super().__init__(init_cfg)
+        widths = (8, 4, 16, 16)
+        self.blocks = nn.ModuleList(Block(width, norm_cfg, init_cfg) for width in widths)
+
+
+def test_blocks_with_the_init_cfg_of_their_network(tmp_path, log):
+    network = as_trained(GivesItsInitCfgAway(dict(type='BN')))
+    path = save(network.state_dict(), tmp_path / 'bn.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=f'bn2ssn://{path}')
+    model = GivesItsInitCfgAway(dict(type='SSN'), init_cfg)
+    model.init_weights()
+    assert assert_taken_over(network, model) == 4
+    assert '4 of 4 SSN layers start from its norms' in '\n'.join(log['INFO'])
