@@ -3,6 +3,8 @@
 import csv
 import importlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -238,6 +240,32 @@ def test_tables_of_the_readme_are_those_of_the_results(benchmark):
     text = tables.README.read_text()
     assert tables.with_tables(text) == text
     assert tables.tables().count('| geometric mean |') >= 1
+
+
+def test_traffic_in_the_readme_is_that_of_the_launches(benchmark):
+    traffic = benchmark('traffic')
+    text = traffic.README.read_text()
+    assert traffic.with_table(text) == text
+    assert text.count('| mask-rcnn ') == 15
+    assert traffic.table().count('\n') == 41  # two lines of head, 40 inputs
+
+
+def test_host_cost():
+    pytest.importorskip('triton')
+    if not shutil.which('cc'):
+        pytest.skip('it needs a C compiler')
+    result = subprocess.run(
+        [sys.executable, FOLDER / 'host_cost.py', '--rounds', '3'],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert 'launches of the SSN, forward and backward: 4' in result.stdout
+    *_, last = result.stdout.splitlines()
+    # Far from a figure, but a launch that searches for its kernel again would show.
+    assert float(re.fullmatch(r'host cost: ([\d.]+) x BatchNorm2d', last)[1]) < 4
 
 
 @pytest.mark.slow

@@ -52,39 +52,59 @@ def set_radius(model: nn.Module, radius: float) -> None:
         1
     """
     radius = check_radius(radius)
-    radii = defaultdict(list)
     # Layers of one number of candidates on one device are projected together.
-    alike = defaultdict(list)
+    alike = defaultdict(_Layers)
     for layer in model.modules():
         if not isinstance(layer, SSN):
             continue
-        control = layer._tensor('mean_weight')
-        if not control.requires_grad:
+        parameters = layer._parameters
+        if 'mean_weight' in parameters and 'var_weight' in parameters:
+            mean, var = parameters['mean_weight'], parameters['var_weight']
+        else:  # pruned or parametrized
+            mean, var = layer._tensor('mean_weight'), layer._tensor('var_weight')
+        if not mean.requires_grad:
             continue
         size = len(layer.normalizers)
-        plain = type(control) is nn.Parameter and not control.is_meta and control.dim() == 1
-        if not plain or control.numel() != size or layer._tensor('var_weight').numel() != size:
+        plain = type(mean) is nn.Parameter and not mean.is_meta and mean.dim() == 1
+        if not plain or mean.numel() != size or var.numel() != size:
             _check_whole(layer)
-        buffer = layer._buffers['radius']
-        radii[buffer.device, buffer.dtype].append(buffer)
+        group = alike[mean.device, mean.dtype, size]
+        group.radii.append(layer._buffers['radius'])
         known = layer.known_choices()
-        if control.is_cpu or known is None or None in known:
-            alike[control.device, control.dtype, size].append((layer, known))
-    for (device, dtype), buffers in radii.items():
-        value = torch.full((), radius, device=device, dtype=dtype)
-        torch._foreach_copy_(buffers, [value] * len(buffers))
+        if mean.is_cpu or known is None or None in known:
+            group.layers.append(layer)
+            group.known.append(known)
+            group.means.append(mean)
+            group.variances.append(var)
     for (device, *_), group in alike.items():
-        layers, known = map(list, zip(*group, strict=True))
+        value = torch.full((), radius, device=device)  # without a copy, which would wait for a GPU
+        torch._foreach_copy_(group.radii, [value] * len(group.radii))
+        if not group.layers:
+            continue
+        control = torch.stack(group.means + group.variances)
         if device.type == 'cpu':
-            _decide(layers, known, radius)
+            _decide(group.layers, group.known, control, radius)
         else:
-            _decide_on_device(layers, radius)
+            _decide_on_device(group.layers, control, radius)
 
 
-def _decide(layers: list[SSN], known: list[Choices | None], radius: float) -> None:
+class _Layers:
+    """Layers that are decided together; parallel lists, but for the radii of all of them."""
+
+    def __init__(self) -> None:
+        self.radii: list[Tensor] = []
+        self.layers: list[SSN] = []
+        self.known: list[Choices | None] = []
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
+
+
+def _decide(layers: list[SSN], known: list[Choices | None], control: Tensor, radius: float) -> None:
     """Decide what became one-hot, in layers on the CPU, of one dtype and number of candidates."""
-    control, fixed = _stacked(layers, 'weight'), _stacked(layers, 'fixed') > 0
-    if _is_known(known, fixed) and not _may_become_one_hot(control[~fixed], radius):
+    # One by one: to stack tensors without a dimension takes longer.
+    fixed = [flag.item() > 0 for flag in _tensors(layers, 'fixed')]
+    undecided = control[~torch.tensor(fixed)] if any(fixed) else control
+    if _is_known(known, fixed) and not _may_become_one_hot(undecided, radius):
         return
     rows = torch.stack(_found(layers, control, radius), -1).tolist()
     for layer, *pair in zip(layers, *_halves(rows), strict=True):
@@ -99,14 +119,14 @@ def _decide(layers: list[SSN], known: list[Choices | None], radius: float) -> No
             layer.learn_choices(tuple(choices))
 
 
-def _is_known(known: list[Choices | None], fixed: Tensor) -> bool:
+def _is_known(known: list[Choices | None], fixed: list[bool]) -> bool:
     """Whether what is known of the layers is what their flags say.
 
     What is written through ``.data``, as mmaction2 inflates weights, raises no version counter.
     """
     if None in known:
         return False
-    return fixed.tolist() == [choices[half] is not None for half in (0, 1) for choices in known]
+    return fixed == [choices[half] is not None for half in (0, 1) for choices in known]
 
 
 def _may_become_one_hot(control: Tensor, radius: float) -> bool:
@@ -117,14 +137,14 @@ def _may_become_one_hot(control: Tensor, radius: float) -> bool:
     return not bool((first - second < _NEARLY).all())  # NaN neither leads nor follows
 
 
-def _decide_on_device(layers: list[SSN], radius: float) -> None:
+def _decide_on_device(layers: list[SSN], control: Tensor, radius: float) -> None:
     """The same without waiting for the device.
 
     Flags and choices are written there. What was decided is copied to the CPU meanwhile and read by
     the next call, in every process the same one, so that all of them go on alike.
     """
     known = [_arrived(layer) for layer in layers]
-    decided, fresh, choice = _found(layers, _stacked(layers, 'weight'), radius)
+    decided, fresh, choice = _found(layers, control, radius)
     decided = decided | fresh
     for kind, values in (('fixed', decided.long()), ('choice', choice.where(decided, UNKNOWN))):
         buffers = _tensors(layers, kind)
@@ -181,7 +201,8 @@ def _found(layers: list[SSN], control: Tensor, radius: float) -> tuple[Tensor, T
 
 def _tensors(layers: list[SSN], kind: str) -> list[Tensor]:
     """Those of every mean, then those of every variance."""
-    return [layer._tensor(f'{name}_{kind}') for name in ('mean', 'var') for layer in layers]
+    names = (f'mean_{kind}', f'var_{kind}')
+    return [layer._buffers[name] for name in names for layer in layers]
 
 
 def _stacked(layers: list[SSN], kind: str) -> Tensor:

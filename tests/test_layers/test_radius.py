@@ -303,8 +303,8 @@ def reads(monkeypatch):
     return found
 
 
-def _on_device(layers, known, value):
-    ways._decide_on_device(layers, value)
+def _on_device(layers, known, control, value):
+    ways._decide_on_device(layers, control, value)
 
 
 @pytest.fixture

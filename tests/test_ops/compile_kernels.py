@@ -21,6 +21,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as backend
 
 sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
@@ -38,28 +39,15 @@ GRADIENTS = ('needs_dx', 'needs_control', 'needs_dbias', 'needs_dweight')
 launches: list[tuple] = []
 
 
-class Recorder:
-    """Stands for the kernels: a launch is noted, nothing runs."""
-
-    def __init__(self, kernels):
-        self.kernels = kernels
-
-    def __getattr__(self, name):
-        return Launcher(getattr(self.kernels, name))
-
-
-class Launcher:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
-
-
 def record() -> None:
-    """Let the backend note its launches from now on."""
-    recorder = Recorder(backend._kernels())
-    backend._kernels = lambda: recorder
+    """Let the backend note its launches from now on; nothing runs."""
+
+    def note(passes, tensors, number, kinds):
+        for launch in passes:
+            kernel = getattr(direct.kernels(), launch.name)
+            launches.append((kernel, *launch.arguments((*tensors, number))))
+
+    direct.run = note
 
 
 def call(

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssn_plugin import SN, SSN, set_radius, switchable_norm
 from ssn_plugin.ops.switchable_norm import dispatch as ops
+from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as switchable_norm_triton
 
 pytest.importorskip('triton')
@@ -79,7 +80,49 @@ def test_backends_agree(radius, momentum, training, monkeypatch):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
-    assert 'Fused' in type(again(x).grad_fn).__name__
+    if again.selected != ('BN', 'BN'):  # which batch norm computes
+        assert 'Fused' in type(again(x).grad_fn).__name__
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('affine', [True, False])
+def test_a_layer_decided_on_bn_is_batch_norm(affine, training, monkeypatch):
+    monkeypatch.setattr(ops, '_BACKEND', 'triton')
+    monkeypatch.setattr(direct, 'run', None)  # no kernel is launched
+    layer, plain = SSN(6, affine=affine), torch.nn.BatchNorm2d(6, affine=affine)
+    layer.select('BN', 'BN')
+    found = []
+    x, upstream = torch.randn(2, *SHAPE)
+    for module in (layer.train(training), plain.train(training)):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf).relu_()
+        (first,) = torch.autograd.grad(y, leaf, upstream, create_graph=True)
+        first.square().sum().backward()  # second derivatives are those of batch norm too
+        named = dict(module.named_parameters())
+        vectors = [named[name].grad for name in ('weight',) if affine]
+        buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
+        found.append((y, first, leaf.grad, *vectors, *buffers))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    layer(x).sum().backward()
+    assert all((z.grad == 0).all() for z in (layer.mean_weight, layer.var_weight))
+
+
+@pytest.mark.parametrize('case', ['correction', 'cumulative', 'one element', 'half parameters'])
+def test_what_batch_norm_does_otherwise_stays_with_the_kernels(case, monkeypatch):
+    layer = SSN(6, correction=int(case == 'correction'), momentum=None if 'cum' in case else 0.1)
+    layer.select('BN', 'BN')
+    if case == 'half parameters':
+        layer.half()
+    x = torch.randn((1, 6, 1, 1) if case == 'one element' else SHAPE)
+    again = copy.deepcopy(layer)
+    upstream = torch.randn_like(x)
+    expected = results(again, x, upstream, 'eager', monkeypatch)
+    launched, run = [], direct.run
+    monkeypatch.setattr(direct, 'run', lambda *call: launched.append(1) or run(*call))
+    found = results(layer, x, upstream, 'triton', monkeypatch)
+    assert launched
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_functional_on_the_kernels(monkeypatch):
@@ -126,7 +169,7 @@ def test_missing_triton_is_said_once(monkeypatch, caplog):
     with FakeTensorMode(), caplog.at_level(logging.WARNING):
         x = torch.empty(SHAPE, device='cuda')  # has no values, but a device
         for _ in range(2):
-            assert ops._fused_function(x) is None
+            assert ops._fused(x) is None
     (record,) = caplog.records
     assert 'Triton is not installed' in record.message
     assert '\n' not in record.message
@@ -153,7 +196,7 @@ def test_a_kernel_that_does_not_compile_is_said_once(error, fake_gpu, caplog):
     def fail():
         raise error
 
-    fake_gpu.setattr(switchable_norm_triton, '_kernels', fail)
+    fake_gpu.setattr(direct, 'kernels', fail)
     fake_gpu.setattr(torch.cuda, 'device', lambda index: contextlib.nullcontext())
     with FakeTensorMode(), caplog.at_level(logging.WARNING):
         assert not switchable_norm_triton._device_is_supported(0)
@@ -181,7 +224,7 @@ def test_fake_tensors_are_left_to_aten(monkeypatch):
     # What follows needs the device; tests/test_ops/test_gpu.py goes on there.
     monkeypatch.setattr(switchable_norm_triton, '_supported_devices', {0: True})
     with FakeTensorMode():
-        assert ops._fused_function(torch.empty(SHAPE, device='cuda')) is None
+        assert ops._fused(torch.empty(SHAPE, device='cuda')) is None
 
 
 def test_a_trace_holds_operators_of_aten():

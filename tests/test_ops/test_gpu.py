@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssn_plugin import SN, SSN, set_radius, switchable_norm
+from ssn_plugin import SN, SSN, switchable_norm
+from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as backend
 
 if not (torch.cuda.is_available() and backend.is_available()):
@@ -30,14 +31,13 @@ SHAPES = {
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels in the order of their launches."""
-    names, kernels = [], backend._kernels()
+    names, run = [], direct.run
 
-    class Recorder:
-        def __getattr__(self, name):
-            names.append(name)
-            return getattr(kernels, name)
+    def record(launches, *call):
+        names.extend(launch.name for launch in launches)
+        run(launches, *call)
 
-    monkeypatch.setattr(backend, '_kernels', Recorder)
+    monkeypatch.setattr(direct, 'run', record)
     return names
 
 
@@ -52,7 +52,7 @@ def make(kind: str, channels: int) -> torch.nn.Module:
         layer.running_mean.normal_()
         layer.running_var.uniform_(0.5, 2)
     if kind == 'decided':
-        set_radius(layer, 1.0)
+        layer.select('LN', 'BN')
     return layer.cuda()
 
 

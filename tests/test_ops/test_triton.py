@@ -15,6 +15,7 @@ from torch import library
 from ssn_plugin.ops import reference
 from ssn_plugin.ops.sparsestmax import SparsestMaxFunction, circumradius
 from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
+from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as backend
 
 triton = pytest.importorskip('triton')
@@ -92,24 +93,26 @@ def limits(monkeypatch):
     def set_limits(**values):
         for name, value in values.items():
             monkeypatch.setattr(backend, f'_{name}', value)
-        backend._plan.cache_clear()
+        clear()
+
+    def clear():
+        for cached in (backend._plan, backend._forward_pass, backend._backward_pass):
+            cached.cache_clear()
 
     yield set_limits
-    backend._plan.cache_clear()
+    clear()
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels in the order of their launches."""
-    names = []
-    kernels = backend._kernels()
+    names, run = [], direct.run
 
-    class Recorder:
-        def __getattr__(self, name):
-            names.append(name)
-            return getattr(kernels, name)
+    def record(launches, *call):
+        names.extend(launch.name for launch in launches)
+        run(launches, *call)
 
-    monkeypatch.setattr(backend, '_kernels', Recorder)
+    monkeypatch.setattr(direct, 'run', record)
     return names
 
 
@@ -922,3 +925,14 @@ def test_ptx(tmp_path):
     lines = compiled(tmp_path, 'ptx', '80', '90')
     assert len(lines) == 2 * len(set(kernels.__all__) - {PROBE})
     assert all('.entry ssn_' in line for line in lines), lines
+
+
+def test_direct_launches():
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', Path(__file__).parent / 'direct_launches.py'],
+        env={**os.environ, 'TRITON_INTERPRET': '0'},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

@@ -12,6 +12,7 @@ for ATen, 'triton' for the kernels, on the CPU with ``TRITON_INTERPRET=1``.
 import logging
 import os
 from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -56,18 +57,24 @@ def _say_that_triton_is_missing() -> None:
     )
 
 
-def _fused_function(x: Tensor) -> type[torch.autograd.Function] | None:
-    """The autograd function of the Triton backend, if that takes ``x``."""
+@cache
+def _triton() -> ModuleType:
+    # Not before it is needed: what helps it inside torch.compile imports Triton.
+    from ssn_plugin.ops.switchable_norm.triton import function
+
+    return function
+
+
+def _fused(x: Tensor) -> ModuleType | None:
+    """The Triton backend, if that takes ``x``."""
     if _BACKEND == 'eager' or not (x.is_cuda or _BACKEND):
         return None
-    # Not before: what helps it inside torch.compile imports Triton.
-    from ssn_plugin.ops.switchable_norm.triton import function as fused
-
+    fused = _triton()
     if _BACKEND:
-        return None if x.dtype == torch.float64 else fused.FusedSwitchableNormFunction
+        return None if x.dtype == torch.float64 else fused
     if not fused.triton.is_available() and not is_compiling():
         _say_that_triton_is_missing()
-    return fused.FusedSwitchableNormFunction if fused.triton.supports(x) else None
+    return fused if fused.triton.supports(x) else None
 
 
 class Call(NamedTuple):
@@ -124,10 +131,16 @@ def switchable_norm(
         return _empty_result(x, control.mean, control.var, weight, bias)
     fused = None
     if x.numel() and not (group is not None and is_compiling()):
-        fused = _fused_function(x)
+        fused = _fused(x)
     if fused is not None:
         running_mean, running_var = batch.tracked or batch.given or (None, None)
-        return fused.apply(
+        if group is None and _is_batch_norm(x, control, weight, batch, settings):
+            training = batch.given is None
+            y = torch.nn.functional.batch_norm(
+                x, running_mean, running_var, weight, bias, training, batch.momentum, settings.eps
+            )
+            return y if control.mean is None else UnreadFunction.apply(y, *control[:2])
+        return fused.FusedSwitchableNormFunction.apply(
             x,
             control.mean,
             control.var,
@@ -135,13 +148,7 @@ def switchable_norm(
             bias,
             running_mean,
             running_var,
-            batch.given is None,
-            batch.momentum,
-            control.ratio_map,
-            control.selection,
-            control.known,
-            settings,
-            group,
+            (control, batch, settings, group),
         )
     mean, var = ratios or read_ratios(control, size)
     sources = [control.mean, control.var]
@@ -167,6 +174,51 @@ def switchable_norm(
         group,
     )
     return SwitchableNormFunction.apply(x, *sources, weight, bias, *tracked, *given, call)
+
+
+def _is_batch_norm(
+    x: Tensor,
+    control: Control,
+    weight: Tensor | None,
+    batch: BatchStatistics,
+    settings: Settings,
+) -> bool:
+    """Whether a GPU should run batch norm, which reads x once where it fits on the chip."""
+    mean, var = control.known
+    if mean is None or mean != var or settings.normalizers[mean] != 'BN' or is_compiling():
+        return False
+    plain = weight is None or weight.dtype in (x.dtype, torch.float32)
+    by_number = not isinstance(batch.momentum, Tensor)
+    running = batch.given is not None
+    return plain and by_number and native.kind_of(x, 'BN', settings, running) is not None
+
+
+class UnreadFunction(torch.autograd.Function):
+    """Keeps control parameters that nobody reads in the graph of y, with a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, mean_control: Tensor, var_control: Tensor) -> Tensor:
+        """Y itself.
+
+        Args:
+            ctx: Autograd context.
+            y: What is computed; nobody else has it yet.
+            mean_control: Control parameters of the means.
+            var_control: Control parameters of the variances.
+        """
+        ctx.mark_dirty(y)  # which lets autograd return it without a copy
+        ctx.factories = [(len(z), factory_of(z)) for z in (mean_control, var_control)]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient passes as it is.
+
+        Args:
+            ctx: Autograd context.
+            dy: The shape of y.
+        """
+        return dy, *(torch.zeros(size, **factory) for size, factory in ctx.factories)
 
 
 def _settled(

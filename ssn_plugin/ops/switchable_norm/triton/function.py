@@ -5,50 +5,39 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ssn_plugin.ops.switchable_norm.collectives import refuse_second_derivatives
-from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients, factory_of
-from ssn_plugin.ops.switchable_norm.ratios import Choices, Control, Selection, ratio_tensors
-from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
+from ssn_plugin.ops.switchable_norm.exportable import differentiable_gradients
+from ssn_plugin.ops.switchable_norm.ratios import Control, ratio_tensors
+from ssn_plugin.ops.switchable_norm.statistics import BatchStatistics, Moments, Settings
 from ssn_plugin.ops.switchable_norm.triton import launch as triton
 from ssn_plugin.torch_versions import is_compiling
 
+# What is no argument of its own of the autograd function: a plain tuple, made ten times as fast.
+_Call = tuple[Control, BatchStatistics, Settings, ProcessGroup | None]
+_NO_SELECTION = (None,) * 5
+
 
 def _forward(
-    momentum: float | Tensor, group: ProcessGroup | None, *arguments
+    call: _Call, x: Tensor, controls: tuple, vectors: tuple
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The kernels, or inside torch.compile the operator that stands for them."""
-    *tensors, training, settings, selected = arguments
-    normalizers, num_groups, correction, eps = settings
+    (_, _, ratio_map, selection, selected), (_, given, momentum), settings, group = call
+    tensors = (x, *controls, ratio_map, *(selection or _NO_SELECTION), *vectors)
+    training = given is None
     if not is_compiling():
-        return triton.forward(
-            *tensors, momentum, training, normalizers, num_groups, correction, eps, selected, group
-        )
+        return triton.forward(*tensors, momentum, training, *settings, selected, group)
     # Not before: to register a custom operator imports Triton.
     from ssn_plugin.ops.switchable_norm.triton import custom_ops
 
     number, tensor = (0.0, momentum) if isinstance(momentum, Tensor) else (momentum, None)
     y, saved = custom_ops.switchable_norm_forward(
-        *tensors, number, tensor, training, normalizers, num_groups, correction, eps, *selected
+        *tensors, number, tensor, training, *settings, *selected
     )
     return y, saved, None
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    weight: Tensor | None,
-    count: Tensor | None,
-    ctx,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    normalizers, num_groups, correction, eps = ctx.settings
-    arguments = (dy, x, saved, weight, ctx.ratio_map, ctx.constant)
-    arguments += (normalizers, num_groups, correction, eps)
-    if not is_compiling():
-        return triton.backward(*arguments, ctx.selected, *wanted, count, ctx.group)
-    from ssn_plugin.ops.switchable_norm.triton import custom_ops
-
-    return custom_ops.switchable_norm_backward(*arguments, *ctx.selected, *wanted)
+def _in_dtype(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    # Tensor.to takes its time even where it has nothing to do.
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 class FusedSwitchableNormFunction(torch.autograd.Function):
@@ -64,13 +53,7 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
-        training: bool,
-        momentum: float | Tensor,
-        ratio_map: str,
-        selection: Selection | None,
-        selected: Choices,
-        settings: Settings,
-        group: ProcessGroup | None,
+        call: _Call,
     ) -> Tensor:
         """Normalise.
 
@@ -84,45 +67,30 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
             bias: Shape (C,) or None.
             running_mean: Shape (C,) or None.
             running_var: Shape (C,) or None.
-            training: Whether 'BN' uses the statistics of the batch.
-            momentum: Weight of the new value.
-            ratio_map: 'sparsestmax', 'softmax', or 'given' for ratios.
-            selection: What SparsestMax needs; None for the other maps.
-            selected: The choices that are known without reading a tensor.
-            settings: What else the layer is.
-            group: Processes whose rows all count for 'BN'.
+            call: Where the ratios come from, what 'BN' does with running statistics, what else the
+                layer is, and the processes whose rows all count for 'BN'.
 
         Returns:
             y in the dtype and memory format of x.
         """
-        y, saved, count = _forward(
-            momentum,
-            group,
-            x,
-            mean_control,
-            var_control,
-            ratio_map,
-            *(selection or (None,) * 5),
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training,
-            settings,
-            selected,
-        )
-        ctx.constant = running_mean is not None and not training
-        given = (running_mean, running_var) if ctx.constant else (None, None)
+        vectors = (weight, bias, running_mean, running_var)
+        y, saved, count = _forward(call, x, (mean_control, var_control), vectors)
+        control, batch, settings, group = call
         # Control parameters of a decided statistic are not read, so whoever writes to them between
         # forward and backward does no harm.
-        controls = [
-            control if choice is None else None
-            for control, choice in zip((mean_control, var_control), selected, strict=True)
-        ]
-        ctx.save_for_backward(x, *controls, weight, saved, count, *given)
-        ctx.factories = [factory_of(tensor) for tensor in (mean_control, var_control, bias)]
-        ctx.ratio_map, ctx.selected, ctx.settings = ratio_map, selected, settings
-        ctx.selection, ctx.group = selection, group
+        mean_known, var_known = control.known
+        ctx.save_for_backward(
+            x,
+            weight,
+            saved,
+            count,
+            mean_control if mean_known is None else None,
+            var_control if var_known is None else None,
+            *(batch.given or ()),
+        )
+        dtypes = [t if t is None else t.dtype for t in (mean_control, var_control, bias)]
+        rule = control.ratio_map, control.selection, control.known
+        ctx.state = *rule, batch.given is not None, settings, group, dtypes
         return y
 
     @staticmethod
@@ -138,36 +106,45 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         """
         if torch.is_grad_enabled() and not is_compiling():
             return _gradients_to_differentiate(ctx, dy)
-        x, _, _, weight, saved, count, *_ = ctx.saved_tensors
+        x, weight, saved, count, *_ = ctx.saved_tensors
         needs_dx, needs_mean, needs_var, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        wanted = [needs_dx, needs_mean or needs_var, needs_bias, needs_weight]
-        dx, dmean, dvar, dweight, dbias = _backward(dy, x, saved, weight, count, ctx, wanted)
-        of_mean, of_var, of_bias = ctx.factories
+        ratio_map, _, selected, constant, settings, group, (of_mean, of_var, of_bias) = ctx.state
+        arguments = (dy, x, saved, weight, ratio_map, constant, *settings)
+        wanted = (needs_dx, needs_mean or needs_var, needs_bias, needs_weight)
+        if not is_compiling():
+            found = triton.backward(*arguments, selected, *wanted, count, group)
+        else:
+            from ssn_plugin.ops.switchable_norm.triton import custom_ops
+
+            found = custom_ops.switchable_norm_backward(*arguments, *selected, *wanted)
+        dx, dmean, dvar, dweight, dbias = found
         return (
             dx if needs_dx else None,
-            dmean.to(**of_mean) if needs_mean else None,
-            dvar.to(**of_var) if needs_var else None,
-            dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(**of_bias) if needs_bias else None,
-            *(None,) * 9,
+            _in_dtype(dmean, of_mean) if needs_mean else None,
+            _in_dtype(dvar, of_var) if needs_var else None,
+            _in_dtype(dweight, weight.dtype) if needs_weight else None,
+            _in_dtype(dbias, of_bias) if needs_bias else None,
+            None,
+            None,
+            None,
         )
 
 
 def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The same by plain operators, for ``create_graph=True``."""
-    if ctx.group is not None:
+    ratio_map, selection, selected, constant, settings, group, dtypes = ctx.state
+    if group is not None:
         refuse_second_derivatives()
-    x, mean_control, var_control, weight, _, _, *given = ctx.saved_tensors
-    size = len(ctx.settings.normalizers)
+    x, weight, _, _, mean_control, var_control, *given = ctx.saved_tensors
+    size = len(settings.normalizers)
     values = [
-        None if choice is None else [float(k == choice) for k in range(size)]
-        for choice in ctx.selected
+        None if choice is None else [float(k == choice) for k in range(size)] for choice in selected
     ]
     if None in values:
         # A decided statistic beside an undecided one: any vector stands for its parameters.
         filler = torch.zeros(size, device=x.device)
         controls = [filler if c is None else c for c in (mean_control, var_control)]
-        tensors = ratio_tensors(Control(*controls, ctx.ratio_map, ctx.selection))
+        tensors = ratio_tensors(Control(*controls, ratio_map, selection))
         values = [v or t.unbind() for v, t in zip(values, tensors, strict=True)]
     gradients = differentiable_gradients(
         dy,
@@ -175,9 +152,9 @@ def _gradients_to_differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (mean_control, var_control),
         tuple(values),
         weight,
-        Moments(*given) if ctx.constant else None,
-        ctx.settings,
+        Moments(*given) if constant else None,
+        settings,
         ctx.needs_input_grad[:5],
-        ctx.factories,
+        [dict(dtype=dtype, device=x.device) for dtype in dtypes],
     )
-    return *gradients, *(None,) * 9
+    return *gradients, None, None, None

@@ -8,9 +8,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -23,6 +21,8 @@ from ssn_plugin.errors import in_one_line
 from ssn_plugin.ops.sparsestmax import _MAX_AMPLIFICATION, _RADIUS_TOLERANCE, circumradius
 from ssn_plugin.ops.switchable_norm.collectives import all_reduce_moments, track
 from ssn_plugin.ops.switchable_norm.statistics import Moments
+from ssn_plugin.ops.switchable_norm.triton import direct
+from ssn_plugin.ops.switchable_norm.triton.direct import Launch
 from ssn_plugin.torch_versions import HAS_CUSTOM_OPS, is_compiling
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,7 +121,7 @@ def _reason_against(index: int) -> str | None:
     try:
         with torch.cuda.device(index):
             out = torch.empty(1, device=torch.device('cuda', index))
-            _kernels().ssn_probe_kernel[(1,)](out)
+            direct.kernels().ssn_probe_kernel[(1,)](out)
     except Exception as error:  # no compiler, no Python.h, a driver that is too old, and so on
         return in_one_line(error)
     return None
@@ -129,18 +129,7 @@ def _reason_against(index: int) -> str | None:
 
 def _refuse_during_capture() -> None:
     if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            'SSN and SN compile a kernel when they meet a kind of input first, which a CUDA graph '
-            'cannot capture: got such an input during a capture, expected a forward and backward '
-            'pass on it before, as torch.cuda.graphs.make_graphed_callables does'
-        )
-
-
-@lru_cache
-def _kernels() -> ModuleType:
-    from ssn_plugin.ops.switchable_norm.triton import kernels
-
-    return kernels
+        raise RuntimeError(direct.CAPTURE)
 
 
 def _power_of_2(number: int) -> int:
@@ -249,9 +238,11 @@ class _Plan(NamedTuple):
     """
 
     shape: tuple[int, int, int]  # N, C, S
+    normalizers: tuple[str, ...]
     tiling: _Tiling
     statistics: _Statistics
     saved: int  # numbers kept for backward
+    partial: int  # numbers of splits, where rows are split and their moments are needed
     by_sample: bool  # LN or GN is needed
     ratios: int  # 1 if the CPU does not know them both
     merges: bool  # the pass over x can pool by itself
@@ -312,17 +303,21 @@ def _plan(
     tiling = _tiling(num, channels, length, axis)
     count = num * length
     splits = _power_of_2(tiling.splits)
+    # Of x, or of the sums of its rows, at most 7 numbers per row and split.
+    wide = num * channels * max(length, 7 * tiling.splits) >= 2**31
     tile = max(_POOL_TILE // splits, 1)
     members = min(_power_of_2(channels // max(groups, 1)), tile)
     samples = min(_power_of_2(num), _POOL_SAMPLES, tile)
     short = axis == 1 and tiling.positions <= _SHORT
     return _Plan(
         shape=(num, channels, length),
+        normalizers=normalizers,
         tiling=tiling,
         statistics=statistics,
         saved=_RECORDS
         + (2 * num * channels if statistics.rows else 0)
         + _pooled_size(num, channels, groups),
+        partial=2 * tiling.splits * num * channels if statistics.rows and tiling.splits > 1 else 0,
         by_sample=not names.isdisjoint(('LN', 'GN')),
         ratios=int(None in selected),
         spread=statistics.rows and axis == 1 and tiling.rows > 2,
@@ -336,7 +331,7 @@ def _plan(
             AXIS=axis,
             ALIGN=math.gcd(length if axis == 1 else channels, 8),
             SHORT=tiling.positions >= length,
-            WIDE=num * channels * length >= 2**31,
+            WIDE=wide,
         ),
         merge=dict(
             SPLITS=splits,
@@ -350,7 +345,7 @@ def _plan(
             GROUP_CHANNELS=members,
             SAMPLES=samples,
             CHANNELS=min(tile // samples, _POOL_SAMPLES),
-            WIDE=num * channels * length >= 2**31,
+            WIDE=wide,
         ),
         mix=dict(KINDS=kinds, MEAN=mean, VAR=var),
         needs=dict(LN='LN' in names, GN='GN' in names, BATCH=statistics.batch),
@@ -372,11 +367,6 @@ def _laid_out_as(dy: Tensor, x: Tensor, axis: int) -> Tensor:
     return _image(x).copy_(dy)
 
 
-def _plan_of(x: Tensor, axis: int, *settings) -> _Plan:
-    num, channels = x.shape[:2]
-    return _plan(num, channels, x.numel() // (num * channels), axis, *settings)
-
-
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
@@ -386,23 +376,117 @@ def _image(x: Tensor) -> Tensor:
 
 
 def _vector(size: int, like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=torch.float32, device=like.device)
+    if like.dtype == torch.float32:  # to name a dtype takes a fifth of the time
+        return like.new_empty(size)
+    return like.new_empty(size, dtype=torch.float32)
 
 
-def _device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+# The tensors of a forward and of a backward pass; ``number`` is the momentum, if it is no tensor.
+_FORWARD = (
+    'x', 'y', 'saved', 'partial', 'scratch',
+    'mean_control', 'var_control', 'radius', 'mean_fixed', 'var_fixed', 'mean_choice', 'var_choice',
+    'weight', 'bias', 'running_mean', 'running_var', 'momentum', 'nothing', 'number',
+)  # fmt: skip
+_BACKWARD = (
+    'dy', 'x', 'dx', 'saved', 'sums', 'pooled', 'weight',
+    'dweight', 'dbias', 'dmean_control', 'dvar_control', 'nothing',
+)  # fmt: skip
 
 
-def _launch(
-    name: str,
-    programs: int,
-    tensors: tuple[Tensor | float | None, ...],
-    numbers: tuple[float, ...],
-    warps: int,
-    **constants,
-) -> None:
-    getattr(_kernels(), name)[(programs,)](*tensors, *numbers, num_warps=warps, **constants)
+def _places(order: tuple[str, ...], *names: str) -> tuple[int, ...]:
+    return tuple(map(order.index, names))
+
+
+class _Forward(NamedTuple):
+    """All of a forward pass that is known before there is a tensor."""
+
+    plan: _Plan
+    launches: tuple[Launch, ...]
+    tracks: bool  # the kernels update the running statistics
+    shares: bool  # the last launch waits for the moments of other processes
+
+
+@lru_cache(maxsize=4096)
+def _forward_pass(
+    settings: tuple, ratio_map: str, tracks: bool, by_tensor: bool, shares: bool, eps: float
+) -> _Forward:
+    """Launches of a forward pass.
+
+    Args:
+        settings: Arguments of :func:`_plan`.
+        ratio_map: As in :func:`forward`.
+        tracks: Whether there are running statistics to update.
+        by_tensor: Whether the momentum is a tensor.
+        shares: Whether there are other processes.
+        eps: As in :func:`forward`.
+    """
+    plan = _plan(*settings)
+    tiling, statistics = plan.tiling, plan.statistics
+    size, groups = len(plan.normalizers), statistics.groups
+    shares = shares and statistics.batch
+    tracks = tracks and statistics.batch and not shares
+    merges = plan.merges and not shares
+    rows = (tiling.tiles, tiling.splits, plan.divisor)
+    tracked = ('running_mean', 'running_var', 'momentum' if by_tensor else 'number')
+    nothing = ('nothing', 'nothing', 'number')
+    launches = []
+    if statistics.rows:
+        limit = circumradius(size)
+        launches.append(
+            Launch(
+                'ssn_fwd_moments_kernel',
+                tiling.programs + plan.ratios,
+                _places(_FORWARD, 'x', 'saved', 'partial', *_FORWARD[5:12]),
+                (limit, limit * (1 - _RADIUS_TOLERANCE), _MAX_AMPLIFICATION, *plan.shape, *rows),
+                plan.warps,
+                K=size,
+                MAP=_RATIO_MAPS[ratio_map],
+                MEAN=plan.mix['MEAN'],
+                VAR=plan.mix['VAR'],
+                RATIOS=plan.ratios,
+                **plan.tile,
+            )
+        )
+    if not merges:
+        samples = plan.shape[0] if plan.by_sample else 0
+        blocks = _ceil(plan.shape[1], plan.pool['CHANNELS']) if statistics.batch else 0
+        launches.append(
+            Launch(
+                'ssn_fwd_pool_kernel',
+                samples + blocks,
+                _places(_FORWARD, 'saved', 'partial', *(tracked if tracks else nothing)),
+                (plan.unbias, *plan.shape, groups, *rows, samples),
+                _WARPS,
+                LN=plan.needs['LN'],
+                GN=plan.needs['GN'],
+                TRACKS=tracks,
+                MOMENTUM_TENSOR=by_tensor and tracks,
+                POSITIONS=tiling.positions,
+                **plan.pool,
+            )
+        )
+    here = tracks and merges
+    used = (*tracked[:2], 'number') if statistics.running else tracked if here else nothing
+    launches.append(
+        Launch(
+            'ssn_fwd_apply_kernel',
+            tiling.programs,
+            _places(_FORWARD, 'x', 'y', 'saved', 'partial', 'scratch', 'weight', 'bias', *used),
+            (*plan.shape, groups, *rows, eps, plan.unbias),
+            plan.warps,
+            LN=plan.needs['LN'],
+            BATCH=statistics.batch,
+            CONSTANT=statistics.running,
+            HAS_ROWS=statistics.rows,
+            MERGES=merges,
+            TRACKS=here,
+            MOMENTUM_TENSOR=by_tensor and here,
+            **plan.mix,
+            **plan.merge,
+            **plan.tile,
+        )
+    )
+    return _Forward(plan, tuple(launches), tracks, shares)
 
 
 def forward(
@@ -462,116 +546,47 @@ def forward(
         the number of elements per channel in all processes, 0-d.
     """
     x, axis = laid_out(x)
-    constant = not training and running_mean is not None
-    normalizers = tuple(normalizers)
-    plan = _plan_of(x, axis, correction, normalizers, num_groups, constant, tuple(selected))
-    num, channels, _ = shape = plan.shape
-    tiling, statistics, groups = plan.tiling, plan.statistics, plan.statistics.groups
-    if not statistics.batch:
-        group = None
-    weight, bias = _contiguous(weight), _contiguous(bias)
-    buffers = (running_mean, running_var)
-    running = tuple(_contiguous(buffer) for buffer in buffers)
-    y, saved = _image(x), _vector(plan.saved, x)
+    num, channels = x.shape[:2]
+    settings = (
+        num, channels, x.numel() // (num * channels), axis, correction, tuple(normalizers),
+        num_groups, not training and running_mean is not None, tuple(selected),
+    )  # fmt: skip
+    by_tensor = isinstance(momentum, Tensor)
+    plan, launches, tracks, shares = _forward_pass(
+        settings,
+        ratio_map,
+        training and running_mean is not None,
+        by_tensor,
+        group is not None,
+        float(eps),
+    )
     partial = scratch = None
     if plan.spread:
         scratch = _vector(3 * num * channels, x)
-    if statistics.rows and tiling.splits > 1:
-        partial = _vector(2 * tiling.splits * num * channels, x)
-    tracks = training and running_mean is not None and statistics.batch and group is None
-    merges = plan.merges and group is None
-    tracked = running if tracks else (None, None)
-    momentum_tensor = tracks and isinstance(momentum, Tensor)
-    new = momentum if momentum_tensor else float(momentum) if tracks else 0.0
+    if plan.partial:
+        partial = _vector(plan.partial, x)
+    y, saved = _image(x), _vector(plan.saved, x)
+    running = _contiguous(running_mean), _contiguous(running_var)
+    given = (
+        _contiguous(mean_control), _contiguous(var_control),
+        radius, mean_fixed, var_fixed, mean_choice, var_choice,
+        _contiguous(weight), _contiguous(bias), *running, momentum if by_tensor else None,
+    )  # fmt: skip
+    kinds = (x.get_device(), x.dtype, *[None if t is None else t.dtype for t in given])
+    call = (
+        (x, y, saved, partial, scratch, *given, None),
+        0.0 if by_tensor else float(momentum),
+        kinds,
+    )
     count = None
-    with _device_of(x):
-        if statistics.rows:
-            limit = circumradius(len(normalizers))
-            controls = (radius, mean_fixed, var_fixed, mean_choice, var_choice)
-            _launch(
-                'ssn_fwd_moments_kernel',
-                tiling.programs + plan.ratios,
-                (x, saved, partial, _contiguous(mean_control), _contiguous(var_control), *controls),
-                (
-                    limit,
-                    limit * (1 - _RADIUS_TOLERANCE),
-                    _MAX_AMPLIFICATION,
-                    *shape,
-                    tiling.tiles,
-                    tiling.splits,
-                    plan.divisor,
-                ),
-                plan.warps,
-                K=len(normalizers),
-                MAP=_RATIO_MAPS[ratio_map],
-                MEAN=plan.mix['MEAN'],
-                VAR=plan.mix['VAR'],
-                RATIOS=plan.ratios,
-                **plan.tile,
-            )
-        if not merges:
-            samples = num if plan.by_sample else 0
-            blocks = _ceil(channels, plan.pool['CHANNELS']) if statistics.batch else 0
-            _launch(
-                'ssn_fwd_pool_kernel',
-                samples + blocks,
-                (saved, partial, *tracked, new),
-                (
-                    plan.unbias,
-                    *shape,
-                    groups,
-                    tiling.tiles,
-                    tiling.splits,
-                    plan.divisor,
-                    samples,
-                ),
-                _WARPS,
-                LN=plan.needs['LN'],
-                GN=plan.needs['GN'],
-                TRACKS=tracks,
-                MOMENTUM_TENSOR=momentum_tensor,
-                POSITIONS=tiling.positions,
-                **plan.pool,
-            )
-        if group is not None:
-            count = _share_moments(saved, buffers, momentum, training, correction, plan, group)
-        _launch(
-            'ssn_fwd_apply_kernel',
-            tiling.programs,
-            (
-                x,
-                y,
-                saved,
-                partial,
-                scratch,
-                weight,
-                bias,
-                *(running if statistics.running else tracked if merges else (None, None)),
-                new if merges else 0.0,
-            ),
-            (
-                *shape,
-                groups,
-                tiling.tiles,
-                tiling.splits,
-                plan.divisor,
-                float(eps),
-                plan.unbias,
-            ),
-            plan.warps,
-            LN=plan.needs['LN'],
-            BATCH=statistics.batch,
-            CONSTANT=statistics.running,
-            HAS_ROWS=statistics.rows,
-            MERGES=merges,
-            TRACKS=tracks and merges,
-            MOMENTUM_TENSOR=momentum_tensor and merges,
-            **plan.mix,
-            **plan.merge,
-            **plan.tile,
-        )
+    if shares:
+        direct.run(launches[:-1], *call)
+        buffers = running_mean, running_var
+        count = _share_moments(saved, buffers, momentum, training, correction, plan, group)
+        launches = launches[-1:]
+    direct.run(launches, *call)
     if tracks:
-        for buffer, updated in zip(buffers, running, strict=True):
+        for buffer, updated in zip((running_mean, running_var), running, strict=True):
             if buffer is not updated:
                 buffer.copy_(updated)
     return y, saved, count
@@ -596,6 +611,107 @@ def _share_moments(
     if training and running[0] is not None:
         track(Moments(*running), batch, momentum, correction)
     return batch.count
+
+
+class _Backward(NamedTuple):
+    """All of a backward pass that is known before there is a tensor."""
+
+    plan: _Plan
+    launches: tuple[Launch, ...]
+    sums: int  # numbers in `sums`
+    pooled: int  # numbers in `pooled`
+    shares: bool  # the last launch waits for the gradients of other processes
+
+
+@lru_cache(maxsize=4096)
+def _backward_pass(
+    settings: tuple, ratio_map: str, wanted: tuple[bool, ...], shares: bool, eps: float
+) -> _Backward:
+    """Launches of a backward pass.
+
+    Args:
+        settings: Arguments of :func:`_plan`.
+        ratio_map: As in :func:`backward`.
+        wanted: Gradients: of x, control parameters, bias and weight.
+        shares: Whether there are other processes.
+        eps: As in :func:`backward`.
+    """
+    plan = _plan(*settings)
+    needs_dx, needs_control, *affine = wanted
+    num, channels, _ = plan.shape
+    tiling, statistics, groups = plan.tiling, plan.statistics, plan.statistics.groups
+    shares = shares and needs_dx and statistics.batch
+    ratios = plan.ratios if needs_control else 0
+    merges = plan.merges and needs_dx and not shares
+    partials = tiling.programs if ratios else 0
+    sums = pooled = 0
+    launches = []
+    if any(affine) or ratios or (needs_dx and statistics.rows):
+        # Four numbers per row and split, three per row that are handed over, and every program's
+        # part of the ratios' gradient.
+        sums = (4 * tiling.splits + 3 * plan.spread) * num * channels + 8 * partials
+        launches.append(
+            Launch(
+                'ssn_bwd_sums_kernel',
+                tiling.programs,
+                _places(_BACKWARD, 'dy', 'x', 'saved', 'sums', 'weight'),
+                (eps, *plan.shape, groups, tiling.tiles, tiling.splits),
+                plan.warps,
+                HAS_ROWS=statistics.rows,
+                RATIOS=ratios,
+                RAW=ratio_map == 'given',
+                SPREAD=plan.spread,
+                **plan.mix,
+                **plan.tile,
+            )
+        )
+    if sums and not merges:
+        # Sections as in the saved numbers, then the partial sums of fewer programs.
+        chunks = _ceil(partials, _CHUNK)
+        pooled = _pooled_size(num, channels, groups) + 8 * chunks
+        samples = num if plan.by_sample and needs_dx else 0
+        by_channel = any(affine) or (statistics.batch and needs_dx)
+        blocks = _ceil(channels, plan.pool['CHANNELS']) if by_channel else 0
+        if samples + blocks + chunks:
+            launches.append(
+                Launch(
+                    'ssn_bwd_pool_kernel',
+                    samples + blocks + chunks,
+                    _places(_BACKWARD, 'sums', 'pooled', 'dweight', 'dbias'),
+                    (num, channels, groups, tiling.splits, samples, blocks, partials),
+                    _WARPS,
+                    RATIOS=ratios,
+                    SPREAD=plan.spread,
+                    CHUNK=_CHUNK,
+                    **plan.needs,
+                    **plan.pool,
+                )
+            )
+        partials = chunks
+    programs = (tiling.programs if needs_dx else 0) + ratios
+    if programs:
+        vectors = ('dweight', 'dbias') if merges else ('nothing', 'nothing')
+        places = ('dy', 'x', 'dx', 'sums', 'saved', 'pooled', 'weight', *vectors)
+        launches.append(
+            Launch(
+                'ssn_bwd_dx_kernel',
+                programs,
+                _places(_BACKWARD, *places, 'dmean_control', 'dvar_control'),
+                (*plan.shape, groups, tiling.tiles, tiling.splits, plan.divisor, partials, eps),
+                plan.warps,
+                K=len(plan.normalizers),
+                MAP=_RATIO_MAPS[ratio_map],
+                HAS_ROWS=statistics.rows,
+                RATIOS=ratios,
+                SPREAD=plan.spread,
+                MERGES=merges,
+                **plan.needs,
+                **plan.mix,
+                **plan.merge,
+                **plan.tile,
+            )
+        )
+    return _Backward(plan, tuple(launches), sums, pooled, shares)
 
 
 def backward(
@@ -644,99 +760,43 @@ def backward(
     """
     x, axis = laid_out(x)
     dy = _laid_out_as(dy, x, axis)
-    normalizers = tuple(normalizers)
-    plan = _plan_of(x, axis, correction, normalizers, num_groups, constant, tuple(selected))
-    num, channels, length = shape = plan.shape
-    tiling, statistics, groups = plan.tiling, plan.statistics, plan.statistics.groups
-    size, eps = len(normalizers), float(eps)
-    if not statistics.batch or not needs_dx:
-        group = None
-    ratios = plan.ratios if needs_control else 0
-    weight = _contiguous(weight)
+    num, channels = x.shape[:2]
+    length = x.numel() // (num * channels)
+    settings = (
+        num, channels, length, axis, correction, tuple(normalizers), num_groups, constant,
+        tuple(selected),
+    )  # fmt: skip
+    needs_dweight = needs_dweight and weight is not None
+    wanted = (needs_dx, needs_control, needs_dbias, needs_dweight)
+    plan, launches, sums, pooled, shares = _backward_pass(
+        settings, ratio_map, wanted, group is not None, float(eps)
+    )
     dx = _image(x) if needs_dx else None
-    dweight = _vector(channels, x) if needs_dweight and weight is not None else None
-    dbias = _vector(channels, x) if needs_dbias else None
+    dweight = _vector(channels, saved) if needs_dweight else None
+    dbias = _vector(channels, saved) if needs_dbias else None
     dmean_control = dvar_control = None
     if needs_control:
-        dmean_control, dvar_control = _vector(size, x), _vector(size, x)
-        if not ratios:
+        size = len(normalizers)
+        dmean_control, dvar_control = _vector(size, saved), _vector(size, saved)
+        if not plan.ratios:
             dmean_control.zero_()
             dvar_control.zero_()
-
-    merges = plan.merges and needs_dx and group is None
-    affine = dweight is not None or dbias is not None
-    partials = tiling.programs if ratios else 0
-    sums = pooled = None
-    with _device_of(x):
-        if affine or ratios or (needs_dx and statistics.rows):
-            # Behind the four numbers per row is every program's part of the ratios' gradient.
-            sums = _vector(4 * tiling.splits * num * channels + 8 * partials, x)
-            _launch(
-                'ssn_bwd_sums_kernel',
-                tiling.programs,
-                (dy, x, saved, sums, weight),
-                (eps, *shape, groups, tiling.tiles, tiling.splits),
-                plan.warps,
-                HAS_ROWS=statistics.rows,
-                RATIOS=ratios,
-                RAW=ratio_map == 'given',
-                SPREAD=plan.spread,
-                **plan.mix,
-                **plan.tile,
-            )
-            if not merges:
-                # Sections as in the saved numbers, then the partial sums of fewer programs.
-                chunks = _ceil(partials, _CHUNK)
-                pooled = _vector(_pooled_size(num, channels, groups) + 8 * chunks, x)
-                samples = num if plan.by_sample and needs_dx else 0
-                by_channel = affine or (statistics.batch and needs_dx)
-                blocks = _ceil(channels, plan.pool['CHANNELS']) if by_channel else 0
-                if samples + blocks + chunks:
-                    _launch(
-                        'ssn_bwd_pool_kernel',
-                        samples + blocks + chunks,
-                        (sums, pooled, dweight, dbias),
-                        (num, channels, groups, tiling.splits, samples, blocks, partials),
-                        _WARPS,
-                        RATIOS=ratios,
-                        CHUNK=_CHUNK,
-                        **plan.needs,
-                        **plan.pool,
-                    )
-                partials = chunks
-            if group is not None:
-                _share_gradients(pooled[: 2 * channels], count, num, length, group)
-        programs = (tiling.programs if needs_dx else 0) + ratios
-        if programs:
-            _launch(
-                'ssn_bwd_dx_kernel',
-                programs,
-                (
-                    dy,
-                    x,
-                    dx,
-                    sums,
-                    saved,
-                    pooled,
-                    _vector(3 * num * channels, x) if plan.spread and needs_dx else None,
-                    weight,
-                    dweight if merges else None,
-                    dbias if merges else None,
-                    dmean_control,
-                    dvar_control,
-                ),
-                (*shape, groups, tiling.tiles, tiling.splits, plan.divisor, partials, eps),
-                plan.warps,
-                K=size,
-                MAP=_RATIO_MAPS[ratio_map],
-                HAS_ROWS=statistics.rows,
-                RATIOS=ratios,
-                MERGES=merges,
-                **plan.needs,
-                **plan.mix,
-                **plan.merge,
-                **plan.tile,
-            )
+    sums = _vector(sums, saved) if sums else None
+    pooled = _vector(pooled, saved) if pooled else None
+    weight = _contiguous(weight)
+    call = (
+        (
+            dy, x, dx, saved, sums, pooled, weight,
+            dweight, dbias, dmean_control, dvar_control, None,
+        ),
+        0.0,
+        (x.get_device(), x.dtype, dy.dtype, None if weight is None else weight.dtype),
+    )  # fmt: skip
+    if shares:
+        direct.run(launches[:-1], *call)
+        _share_gradients(pooled[: 2 * channels], count, num, length, group)
+        launches = launches[-1:]
+    direct.run(launches, *call)
     return dx, dmean_control, dvar_control, dweight, dbias
 
 

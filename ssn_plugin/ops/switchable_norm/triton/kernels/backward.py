@@ -34,6 +34,18 @@ from ssn_plugin.ops.switchable_norm.triton.kernels.tiles import (
 )
 
 
+@triton.jit
+def behind_sums(sums, size, splits, SPREAD: tl.constexpr):
+    """The partial sums of the ratios' gradients: behind four numbers per row and split.
+
+    With SPREAD three numbers per row are between them, of `hand_over`.
+    """
+    if SPREAD:
+        return sums + (4 * splits + 3) * size
+    else:
+        return sums + 4 * splits * size
+
+
 @triton.jit(do_not_specialize=SHAPES)
 def ssn_bwd_sums_kernel(
     dy, x, saved, sums, weight, eps, N, C, S, G, tiles, splits,
@@ -95,7 +107,7 @@ def ssn_bwd_sums_kernel(
     tl.store(out + 2 * splits * size, total, mask=exists)
     tl.store(out + 3 * splits * size, product, mask=exists)
     if RATIOS:
-        out_of_rows = sums + 4 * splits * size
+        out_of_rows = behind_sums(sums, size, splits, SPREAD)
         places = tl.arange(0, 8)
         found = tl.zeros((8,), tl.float32)
         for k in tl.static_range(4):
@@ -116,7 +128,8 @@ def ssn_bwd_sums_kernel(
 @triton.jit(do_not_specialize=SHAPES)
 def ssn_bwd_pool_kernel(
     sums, pooled, dweight, dbias, N, C, G, splits, samples, blocks, count,
-    LN: tl.constexpr, GN: tl.constexpr, BATCH: tl.constexpr, RATIOS: tl.constexpr,
+    LN: tl.constexpr, GN: tl.constexpr, BATCH: tl.constexpr,
+    RATIOS: tl.constexpr, SPREAD: tl.constexpr,
     SPLITS: tl.constexpr, LN_CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr, GROUP_CHANNELS: tl.constexpr,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
@@ -150,7 +163,7 @@ def ssn_bwd_pool_kernel(
         _affine_gradients(sums, dweight, dbias, c, c < C, N, C, splits, SPLITS, SAMPLES, CHANNELS)
     elif RATIOS:
         chunk = program - samples - blocks
-        partials = sums + 4 * splits * N * C
+        partials = behind_sums(sums, N * C, splits, SPREAD)
         found = sum_partials(partials, chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, count))
         tl.store(of_groups + 2 * N * G + chunk * 8 + tl.arange(0, 8), found)
 
@@ -241,11 +254,11 @@ def _row_affine(
 
 @triton.jit
 def _input_gradient(
-    dy, x, dx, sums, saved, pooled, scratch, weight, dweight, dbias, program,
+    dy, x, dx, sums, saved, pooled, weight, dweight, dbias, program,
     N, C, S, G, tiles, splits, divisor, eps,
     KINDS: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr,
     LN: tl.constexpr, GN: tl.constexpr, BATCH: tl.constexpr, HAS_ROWS: tl.constexpr,
-    MERGES: tl.constexpr,
+    SPREAD: tl.constexpr, MERGES: tl.constexpr,
     SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr, SHORT: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
@@ -260,7 +273,8 @@ def _input_gradient(
             row, n, c, exists, sample, split, N, C, S, G, splits, divisor, eps,
             KINDS, MEAN, VAR, LN, GN, BATCH, MERGES, SPLITS, SAMPLES, CHANNELS, ROWS,
         )  # fmt: skip
-        if scratch is not None:
+        if SPREAD:
+            scratch = sums + 4 * splits * N * C
             gain, slope, shift = hand_over(scratch, gain, slope, shift, row, exists, N * C)
             mean_in = tl.load(saved + 32 + row, mask=exists, other=0)
         mean_in = tl.expand_dims(mean_in, AXIS)
@@ -293,12 +307,12 @@ def _input_gradient(
 
 @triton.jit(do_not_specialize=SHAPES)
 def ssn_bwd_dx_kernel(
-    dy, x, dx, sums, saved, pooled, scratch, weight, dweight, dbias, dmean_control, dvar_control,
+    dy, x, dx, sums, saved, pooled, weight, dweight, dbias, dmean_control, dvar_control,
     N, C, S, G, tiles, splits, divisor, count, eps,
     K: tl.constexpr, KINDS: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr,
     MAP: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BATCH: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    RATIOS: tl.constexpr, MERGES: tl.constexpr,
+    RATIOS: tl.constexpr, SPREAD: tl.constexpr, MERGES: tl.constexpr,
     SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
     SHORT: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, AXIS: tl.constexpr, ALIGN: tl.constexpr,
@@ -310,7 +324,7 @@ def ssn_bwd_dx_kernel(
     # The ratios' program is started first: no launch of its own for eight numbers.
     if RATIOS and program == tl.num_programs(0) - 1:
         if MERGES:
-            found = sum_partials(sums + 4 * splits * N * C, 0, count)
+            found = sum_partials(behind_sums(sums, N * C, splits, SPREAD), 0, count)
         else:
             _, _, of_groups = pooled_sections(pooled, N, C, G)
             found = sum_partials(of_groups + 2 * N * G, 0, count)
@@ -318,8 +332,8 @@ def ssn_bwd_dx_kernel(
         write_control_gradient(dvar_control, found, 4, saved + 16, K, MAP, VAR)
     elif dx is not None:
         _input_gradient(
-            dy, x, dx, sums, saved, pooled, scratch, weight, dweight, dbias, program,
+            dy, x, dx, sums, saved, pooled, weight, dweight, dbias, program,
             N, C, S, G, tiles, splits, divisor, eps,
-            KINDS, MEAN, VAR, LN, GN, BATCH, HAS_ROWS, MERGES, SPLITS, SAMPLES, CHANNELS,
+            KINDS, MEAN, VAR, LN, GN, BATCH, HAS_ROWS, SPREAD, MERGES, SPLITS, SAMPLES, CHANNELS,
             SHORT, ROWS, POSITIONS, AXIS,
         )  # fmt: skip
