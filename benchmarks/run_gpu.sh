@@ -56,6 +56,9 @@ fi
 
 said 'layers, after warming their kernels up'
 "$PYTHON" benchmarks/gpu.py layers "$OUT" --seconds 110
+said 'what launches cost the CPU, with a driver that runs nothing'
+timeout 60 "$PYTHON" benchmarks/host_cost.py --rounds 200 > "$OUT/host_cost.log" 2>&1 || true
+tail -n 1 "$OUT/host_cost.log"
 said 'a training step of Mask R-CNN'
 "$PYTHON" benchmarks/gpu.py step "$OUT" --seconds 70
 "$PYTHON" benchmarks/gpu.py names "$OUT"

@@ -99,9 +99,10 @@ def _strict_unpickler(objects: Mapping[str, object]) -> Iterator[None]:
 # ---- torch 2.13
 
 
-def beside_the_graph(function: Callable) -> Callable:
-    """Keep a function out of what ``torch.compile`` compiles, where that would be wrong.
+# 2.11 compiles the backward pass of a layer into zero gradients; 2.12 was not tried.
+COMPILES_LAYERS = not (2, 11) <= VERSION < (2, 13)
 
-    2.11 compiles the backward pass of a layer into zero gradients; 2.12 was not tried.
-    """
-    return torch.compiler.disable(function) if (2, 11) <= VERSION < (2, 13) else function
+
+def beside_the_graph(function: Callable) -> Callable:
+    """Keep a function out of what ``torch.compile`` compiles, where that would be wrong."""
+    return function if COMPILES_LAYERS else torch.compiler.disable(function)

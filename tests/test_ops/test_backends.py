@@ -15,6 +15,7 @@ from ssn_plugin import SN, SSN, set_radius, switchable_norm
 from ssn_plugin.ops.switchable_norm import dispatch as ops
 from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as switchable_norm_triton
+from ssn_plugin.torch_versions import COMPILES_LAYERS
 
 pytest.importorskip('triton')
 if not switchable_norm_triton.is_available():
@@ -151,7 +152,7 @@ def test_kernels_inside_one_compiled_graph(backend, monkeypatch):
     again = copy.deepcopy(layer)
     x, upstream = torch.randn(2, *SHAPE)
     expected = results(layer, x, upstream, 'eager', monkeypatch)
-    compiled = torch.compile(again, fullgraph=True, backend=backend)
+    compiled = torch.compile(again, fullgraph=COMPILES_LAYERS, backend=backend)
     monkeypatch.setattr(ops, '_BACKEND', 'triton')
     x.requires_grad_()
     y = compiled(x)
@@ -161,6 +162,25 @@ def test_kernels_inside_one_compiled_graph(backend, monkeypatch):
     for name, gradient in zip(names, gradients, strict=True):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(again.running_var, expected['buffer running_var'])
+
+
+def test_a_compiled_layer_uses_its_choice(monkeypatch):
+    torch.compiler.reset()
+    layer, used, run = SSN(6), [], direct.run
+    layer.select('LN', 'IN')
+    x = torch.randn(SHAPE)
+    expected = layer(x)
+
+    def record(launches, *call):
+        constants = [launch.constants for launch in launches]
+        used.extend((each['MEAN'], each['VAR']) for each in constants if 'MEAN' in each)
+        run(launches, *call)
+
+    monkeypatch.setattr(direct, 'run', record)
+    monkeypatch.setattr(ops, '_BACKEND', 'triton')
+    compiled = torch.compile(layer, fullgraph=COMPILES_LAYERS, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), expected)
+    assert set(used) == {(1, 0)}  # never the mixture
 
 
 def test_missing_triton_is_said_once(monkeypatch, caplog):

@@ -45,6 +45,7 @@ _SPLIT_TILES = 4  # rows are split into parts of at least so many tiles
 _SPLITS = 64  # and into so many at most
 _POOL_TILE = 1024  # numbers per row that a program holds at once where it pools
 _POOL_SAMPLES = 128  # of at most so many samples, or channels, together
+_POOL_MEMBERS = 64  # channels of a group
 _CHUNK = 2048  # partial sums of the ratios' gradients that one program of the pooling kernel adds
 # The pass over x can also pool the row moments, which saves the launch of the pooling kernel, but
 # then every program reads the moments that its rows share. It does so only if all programs together
@@ -306,7 +307,8 @@ def _plan(
     # Of x, or of the sums of its rows, at most 7 numbers per row and split.
     wide = num * channels * max(length, 7 * tiling.splits) >= 2**31
     tile = max(_POOL_TILE // splits, 1)
-    members = min(_power_of_2(channels // max(groups, 1)), tile)
+    # With more of them at once ptxas keeps two numbers in memory on sm_80.
+    members = min(_power_of_2(channels // max(groups, 1)), tile, _POOL_MEMBERS)
     samples = min(_power_of_2(num), _POOL_SAMPLES, tile)
     short = axis == 1 and tiling.positions <= _SHORT
     return _Plan(
