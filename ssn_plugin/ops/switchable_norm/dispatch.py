@@ -57,7 +57,6 @@ def _say_that_triton_is_missing() -> None:
     )
 
 
-@cache
 def _triton() -> ModuleType:
     # Not before it is needed: what helps it inside torch.compile imports Triton.
     from ssn_plugin.ops.switchable_norm.triton import function
@@ -65,11 +64,14 @@ def _triton() -> ModuleType:
     return function
 
 
+_triton_once = cache(_triton)  # torch.compile warns of caches
+
+
 def _fused(x: Tensor) -> ModuleType | None:
     """The Triton backend, if that takes ``x``."""
     if _BACKEND == 'eager' or not (x.is_cuda or _BACKEND):
         return None
-    fused = _triton()
+    fused = _triton() if is_compiling() else _triton_once()
     if _BACKEND:
         return None if x.dtype == torch.float64 else fused
     if not fused.triton.is_available() and not is_compiling():
