@@ -38,7 +38,7 @@ test-fast: setup  ## the test suite without what is marked slow
 test-pretrain:  ## set up mmpretrain in .venv-pretrain and test pre-training, with a real one
 	@$(PYTHON) tools/setup_env.py --family pretrain --extras demo test
 	.venv-pretrain/bin/python -m pytest tests/test_pretraining
-	.venv-pretrain/bin/python -m pytest tests/test_docstrings.py -k mmpretrain
+	.venv-pretrain/bin/python -m pytest tests/test_docstrings.py tests/test_models/test_warm_starts.py -k mmpretrain
 
 test-oldest:  ## torch 2.1, mmengine 0.10.7 and mmcv without ops, in .venv-oldest; what needs no more
 	@$(PYTHON) tools/setup_env.py --family oldest --extras demo test

@@ -73,7 +73,17 @@ BACKBONES = {
             out_channels=(8, 16, 16),
         ),
     },
+    'mmpretrain': {
+        'MobileNetV3': dict(arch='small_075'),
+        'ShuffleNetV2': dict(widen_factor=0.5, out_indices=(0, 1, 2)),
+        'SEResNet': dict(depth=50, base_channels=8),
+        'VGG': dict(depth=11),
+        'RepVGG': dict(arch='A0'),
+        'CSPDarkNet': dict(depth=53),
+    },
 }  # fmt: skip
+# These give their own init_cfg to their blocks, of which some say that they are not filled.
+FILLED_TWICE = ('RepVGG', 'CSPDarkNet')
 CASES = [(host, kind) for host, kinds in BACKBONES.items() for kind in kinds]
 
 
@@ -197,7 +207,8 @@ def test_backbones(host, kind, tmp_path, log):
     assert count > 5
     if kind != 'PIDNet':  # which loads by itself
         assert f'{count} of {count} SSN layers start from its norms' in '\n'.join(log['INFO'])
-    assert log['WARNING'] == []
+    if kind not in FILLED_TWICE:
+        assert log['WARNING'] == []
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert_same_outputs(made_exact(model)(x), network(x))
