@@ -258,6 +258,31 @@ def test_deformable_convolutions_and_plugins_start_anew(tmp_path, log):
         log.clear()
 
 
+class Block(BaseModule):
+    def __init__(self, width, norm_cfg, init_cfg):
+        super().__init__(init_cfg)
+        self.conv = ConvModule(3, width, 3, norm_cfg=norm_cfg)
+
+
+class GivesItsInitCfgAway(BaseModule):
+    """As RepVGG and CSPDarkNet of mmpretrain do."""
+
+    def __init__(self, norm_cfg, init_cfg=None):
+        super().__init__(init_cfg)
+        widths = (8, 4, 16, 16)
+        self.blocks = nn.ModuleList(Block(width, norm_cfg, init_cfg) for width in widths)
+
+
+def test_blocks_with_the_init_cfg_of_their_network(tmp_path, log):
+    network = as_trained(GivesItsInitCfgAway(dict(type='BN')))
+    path = save(network.state_dict(), tmp_path / 'bn.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=f'bn2ssn://{path}')
+    model = GivesItsInitCfgAway(dict(type='SSN'), init_cfg)
+    model.init_weights()
+    assert assert_taken_over(network, model) == 4
+    assert '4 of 4 SSN layers start from its norms' in '\n'.join(log['INFO'])
+
+
 # ---------------------------------------------------------------- whole models
 
 WHOLE = {
@@ -387,28 +412,3 @@ def test_a_part_of_a_whole_model(prefix, tmp_path):
     neck = build('mmdet', with_norm(config.neck, 'SSN') | dict(init_cfg=init_cfg))
     neck.init_weights()
     assert assert_taken_over(network.neck, neck) == 8
-
-
-class Block(BaseModule):
-    def __init__(self, width, norm_cfg, init_cfg):
-        super().__init__(init_cfg)
-        self.conv = ConvModule(3, width, 3, norm_cfg=norm_cfg)
-
-
-class GivesItsInitCfgAway(BaseModule):
-    """As RepVGG and CSPDarkNet of mmpretrain do."""
-
-    def __init__(self, norm_cfg, init_cfg=None):
-        super().__init__(init_cfg)
-        widths = (8, 4, 16, 16)
-        self.blocks = nn.ModuleList(Block(width, norm_cfg, init_cfg) for width in widths)
-
-
-def test_blocks_with_the_init_cfg_of_their_network(tmp_path, log):
-    network = as_trained(GivesItsInitCfgAway(dict(type='BN')))
-    path = save(network.state_dict(), tmp_path / 'bn.pth')
-    init_cfg = dict(type='Pretrained', checkpoint=f'bn2ssn://{path}')
-    model = GivesItsInitCfgAway(dict(type='SSN'), init_cfg)
-    model.init_weights()
-    assert assert_taken_over(network, model) == 4
-    assert '4 of 4 SSN layers start from its norms' in '\n'.join(log['INFO'])
