@@ -4,7 +4,7 @@ SSN_IMAGEFOLDER names the folder, data/imagefolder unless set; it holds train/CL
 val/CLASS/*.
 """
 
-import os
+os = __import__('os')  # an import makes it a config of the other style to mmengine 0.10.7
 
 _base_ = [
     '../_base_/models/resnet18_cls.py',

@@ -4,7 +4,7 @@ SSN_FACES names it, data/faces unless set; it holds train/IDENTITY/* and val/IDE
 identities.
 """
 
-import os
+os = __import__('os')  # an import makes it a config of the other style to mmengine 0.10.7
 
 data_root = '{{$SSN_FACES:data/faces}}'
 num_classes = len(next(os.walk(os.path.join(data_root, 'train')), ('', [], []))[1])
