@@ -9,7 +9,7 @@ import functools
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from parity import require_parity
@@ -21,23 +21,29 @@ from torch import Tensor, nn
 
 from ssn_plugin import SN, SSN, set_radius
 
+PAPER = ('IN', 'LN', 'BN')
+SHIPPED = ('LN', 'GN', 'BN')  # of configs/_base_/ssn_training.py
 
-def ssn(channels: int, selected: tuple[str, str] | None = None) -> SSN:
+
+def ssn(
+    channels: int, selected: tuple[str, str] | None = None, normalizers: Sequence[str] = PAPER
+) -> SSN:
     """An SSN that has decided, or one in the middle of its training.
 
     Args:
         channels: C.
         selected: Normalizers of mean and variance.
+        normalizers: Candidates.
     """
-    layer = SSN(channels)
+    layer = SSN(channels, normalizers=normalizers)
     with torch.no_grad():
         for name, control, chosen in zip(
             ('mean', 'var'),
-            ([0.1, 0.0, 0.2], [0.0, 0.2, 0.1]),
+            ([0.1, 0.0, 0.2, 0.1], [0.0, 0.2, 0.1, 0.1]),
             selected or (None, None),
             strict=True,
         ):
-            values = control
+            values = control[: len(normalizers)]
             if chosen is not None:
                 values = [float(candidate == chosen) for candidate in layer.normalizers]
             getattr(layer, f'{name}_weight').copy_(torch.tensor(values))
@@ -49,8 +55,11 @@ def ssn(channels: int, selected: tuple[str, str] | None = None) -> SSN:
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     'BatchNorm2d': nn.BatchNorm2d,
     'SSN undecided': ssn,
+    'SSN undecided, LN GN BN': lambda channels: ssn(channels, normalizers=SHIPPED),
+    'SSN undecided, IN LN GN BN': lambda channels: ssn(channels, normalizers=('IN', *SHIPPED)),
     'SSN all BN': lambda channels: ssn(channels, ('BN', 'BN')),
     'SSN all LN': lambda channels: ssn(channels, ('LN', 'LN')),
+    'SSN all GN': lambda channels: ssn(channels, ('GN', 'GN'), SHIPPED),
     'SSN all IN': lambda channels: ssn(channels, ('IN', 'IN')),
     'SSN LN/BN': lambda channels: ssn(channels, ('LN', 'BN')),
     'SN': SN,
