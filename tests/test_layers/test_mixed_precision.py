@@ -72,12 +72,18 @@ def test_equals_float64_on_the_same_input(kind, dtype, memory_format):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_no_overflow_in_float16(kind):
-    """Activations up to 6e4: the squares of variances are beyond float16, the results are not."""
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'part of a wider map'])
+def test_no_overflow_in_float16(kind, layout):
+    """Squares of the activations and sums of the gradients are beyond float16, results are not."""
     layer = make(kind)
     x = (torch.rand(SHAPE) * 2 - 1) * 6e4
     x[0, 0, 0, 0], x[0, 1, 0, 0] = 6e4, -6e4
-    x, dy = x.half(), torch.randn(SHAPE).half() * 1000  # so that dx is no denormal number
+    x = x.half()
+    if layout == 'channels_last':
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout != 'contiguous':
+        x = torch.cat((x, x), -1)[..., : SHAPE[-1]]
+    dy = (torch.randn(SHAPE) * 1000 + 2000).half()  # so that dx is no denormal number
     expected = results(copy.deepcopy(layer).double(), x.double(), dy.double())
     found = results(layer, x, dy)
     assert all(value.isfinite().all() for value in found.values())

@@ -398,10 +398,12 @@ def test_what_is_on_its_way_is_in_no_copy(on_device):
         assert twin.selected == layer.selected
 
 
-def test_a_cast_leaves_known_what_was_known():
+def test_a_cast_or_a_move_leaves_known_what_was_known():
     layer = ssn()
     set_radius(layer, 1.0)
     known = layer.known_choices()
     assert None not in known
     assert layer.double().known_choices() == known
     assert layer.half().known_choices() == known
+    # Between devices every buffer becomes another tensor.
+    assert layer._apply(torch.clone).known_choices() == known

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from random_state import randomize_affine_and_running
-from since import EXPORT
+from since import EXPORT, ONE_GRAPH
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssn_plugin import SelectedNorm
@@ -82,6 +82,26 @@ def test_a_traced_layer_holds_for_every_size(mean, var, correction):
         x = torch.randn(shape)
         for recorded in (traced, exported):
             torch.testing.assert_close(recorded(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@ONE_GRAPH
+@pytest.mark.parametrize('needs_dx', [False, True])
+def test_a_compiled_layer_is_plain_operators_in_evaluation(needs_dx):
+    torch.compiler.reset()
+    layer = layer_of('LN', 'BN').eval()
+    x = torch.randn(2, CHANNELS, 5, 7, requires_grad=needs_dx)
+    graphs = []
+
+    def note(graph, example):
+        graphs.append(graph)
+        return graph
+
+    y = torch.compile(layer, backend=note, fullgraph=True)(x)
+    torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op == 'call_function']
+    assert called
+    assert not [each for each in called if isinstance(each, torch._ops.HigherOrderOperator)]
 
 
 class Operators(TorchDispatchMode):

@@ -94,6 +94,7 @@ def test_round_trip(radius, metadata):
     fresh.load_state_dict(state if metadata else dict(state.items()), strict=True)
     torch.testing.assert_close(dict(fresh.state_dict()), dict(layer.state_dict()), rtol=0, atol=0)
     assert fresh.selected == layer.selected
+    assert fresh.known_choices() == layer.known_choices() is not None
     x = torch.randn(4, CHANNELS, 5, 5)
     assert torch.equal(fresh.eval()(x), layer.eval()(x))
     assert torch.equal(fresh.train()(x), layer.train()(x))
@@ -114,6 +115,7 @@ def test_loading_by_assignment():
     fresh = SSN(CHANNELS)
     fresh.load_state_dict(through_a_file(layer.state_dict()), strict=True, assign=True)
     assert fresh.selected == layer.selected
+    assert fresh.known_choices() == layer.known_choices()
     x = torch.randn(4, CHANNELS, 5, 5)
     assert torch.equal(fresh(x), layer(x))
 
@@ -207,6 +209,14 @@ def test_released_layer_loads_without_conversion():
     assert layer.selected == (None, None)
     # The centre and the circle of the paper with the loaded radius.
     assert (layer.mean_ratios - 1 / 3).norm().item() == pytest.approx(0.5)
+
+
+def test_a_file_without_a_count_of_batches_leaves_the_count_as_it_is():
+    layer = SSN(CHANNELS)
+    for _ in range(2):
+        layer(torch.randn(4, CHANNELS, 5, 5))
+    layer.load_state_dict(released_layer())
+    assert layer.num_batches_tracked == 2  # as BatchNorm2d does
 
 
 @pytest.mark.parametrize('mean_fixed', [0, 1])

@@ -48,7 +48,7 @@ def kind_of(x: Tensor, normalizer: str, settings: Settings, running: bool) -> Na
         # track.
         exact = running or (factor == 1 and num * length > 1)
         if x.is_cpu and x.element_size() < 4 and not x.is_contiguous():
-            exact = False  # on channels_last its backward adds up in half precision, and overflows
+            exact = False  # of a strided view its backward adds up in half precision, and overflows
         return Native(None, batch=not running) if exact else None
     # On channels_last its group norm takes E[x^2] - E[x]^2, and of a row of one element, which is
     # its own mean, it leaves the rounding error over the root of eps.
