@@ -4,7 +4,7 @@ import ast
 import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def write_onnx(
             module, constant = _at_fault(network, example, dynamic)
             raise ExportError(
                 f'cannot be recorded{module and f" in {module}"}: {_first_line(error)}'
-                + _remedy(constant)
+                + (_remedy(constant) or _remedy_if(open_sizes))
             ) from error
     found = [size if isinstance(size, int) else 0 for size in recorded.model.graph.inputs[0].shape]
     constant = [dim for dim in open_sizes if found[dim]]
@@ -113,9 +113,15 @@ def write_onnx(
         )
 
 
-def _remedy(constant: Sequence[int]) -> str:
+def _remedy(constant: Iterable[int]) -> str:
     options = dict.fromkeys(_REMEDIES[dim] for dim in constant)
     return f'; make it for one size by {" ".join(options)}' if options else ''
+
+
+def _remedy_if(open_sizes: Iterable[int]) -> str:
+    """The same where it is not known what fails."""
+    remedy = _remedy(open_sizes)
+    return remedy.replace(';', '; if that depends on the number or the size of images,', 1)
 
 
 def _refuse_grids(program: torch.export.ExportedProgram, open_sizes: Mapping[int, str]) -> None:
@@ -200,17 +206,19 @@ def run_onnx(path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
         ]
     except Exception as error:
         # The runtime has an exception class for each of its status codes, without a common base.
-        module = _module_of(path, str(error))
+        graph = _packages()[0].load(str(path)).graph
+        module = _module_of(graph, str(error))
+        sizes = enumerate(graph.input[0].type.tensor_type.shape.dim)
         raise ExportError(
-            f'ONNX Runtime cannot run it{module and f" in {module}"}: {_first_line(error)}; '
-            f'if that depends on the size of the images, {_remedy([2])[2:]}'
+            f'ONNX Runtime cannot run it{module and f" in {module}"}: {_first_line(error)}'
+            + _remedy_if([dim for dim, size in sizes if size.dim_param])
         ) from error
 
 
-def _module_of(path: Path, error: str) -> str:
+def _module_of(graph, error: str) -> str:
     """The module of torch whose operator an error of ONNX Runtime names."""
     named = re.search(r"Name:'([^']+)'", error)
-    for node in _packages()[0].load(str(path)).graph.node if named else ():
+    for node in graph.node if named else ():
         if node.name == named[1]:
             about = {entry.key: entry.value for entry in node.metadata_props}
             scopes = ast.literal_eval(about.get('pkg.torch.onnx.name_scopes', '[]'))

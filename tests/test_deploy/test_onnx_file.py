@@ -6,6 +6,7 @@ import pytest
 import torch
 from since import EXPORT
 from torch import nn
+from torch.nn import functional as F
 
 from ssn_plugin import SN, SSN, SyncSSN, collapse_ssn, hold_ratios, set_radius
 from ssn_plugin.deploy import onnx_file
@@ -228,6 +229,27 @@ def test_what_onnx_runtime_cannot_run_is_named(tmp_path):
     with pytest.raises(ExportError, match=r'cannot run it in body: .*; if .* --size') as caught:
         run_onnx(path, [torch.randn(1, 3, 20, 20)])
     assert '\n' not in str(caught.value)
+
+
+class ByImage(nn.Module):
+    """A convolution with a kernel of each image's own, as DMNet has, which pools to a grid."""
+
+    def forward(self, x):
+        kernels = F.adaptive_avg_pool2d(x, 3).view(-1, 1, 3, 3)
+        y = F.conv2d(x.view(1, -1, *x.shape[2:]), kernels, groups=x.shape[0] * x.shape[1])
+        return y.view(x.shape[0], x.shape[1], *y.shape[2:])
+
+
+def test_remedies_lead_to_a_file_one_after_the_other(tmp_path):
+    network, path, fixed = named(ByImage()), tmp_path / 'a.onnx', {}
+    for remedy, sizes in (('--size HEIGHT WIDTH', {2: 10, 3: 14}), ('--batch N', {0: 2})):
+        with pytest.raises(ExportError, match=f' by {remedy}$'):
+            write_onnx(network, ['y'], path, fixed=fixed)
+        fixed |= sizes
+    write_onnx(network, ['y'], path, fixed=fixed)
+    x = torch.randn(2, 3, 10, 14)
+    with torch.no_grad():
+        assert relative_difference(run_onnx(path, [x])[0], [network(x)]) < 1e-5
 
 
 @pytest.mark.parametrize('opset', [7, MIN_OPSET - 1, 999])
