@@ -11,6 +11,9 @@ from mmcv.cnn import build_norm_layer
 from mmengine.hooks import Hook
 from mmengine.optim import (
     DefaultOptimWrapperConstructor,
+    OneCycleLR,
+    OptimWrapperDict,
+    PolyLR,
     ReduceOnPlateauLR,
     build_optim_wrapper,
 )
@@ -20,7 +23,7 @@ from since import since
 from torch import nn
 
 from ssn_plugin import SN, SSN, SelectedNorm, set_radius
-from ssn_plugin.engine.learning_rates import keep_ratios
+from ssn_plugin.engine.learning_rates import keep_ratios, lost_ratios, pairs_to_watch
 from ssn_plugin.engine.optim_wrapper_constructor import SSNOptimWrapperConstructor
 from ssn_plugin.torch_versions import VERSION
 
@@ -786,6 +789,28 @@ def test_what_loses_the_ratio_is_said_once(make_runner, own, mult):
     if lost:
         assert 'in iteration 4 ' in lost[0]
         assert f'ssn_lr_mult={mult:g} asks for {0.02 * mult:.3g}' in lost[0]
+
+
+def test_each_of_several_optimizers_keeps_the_ratio():
+    models = {name: two_norms() for name in ('first', 'second')}
+    wrappers = OptimWrapperDict(**{name: build(model, **SGD) for name, model in models.items()})
+    first = OneCycleLR(wrappers['first'], eta_max=0.1, total_steps=9, by_epoch=False)
+    second = PolyLR(wrappers['second'], eta_min=0.004, end=9, by_epoch=False)
+    schedulers = dict(first=[first], second=[second])
+    keep_ratios(wrappers, schedulers)
+    pairs = pairs_to_watch(wrappers)
+    assert {id(pair[0]) for pair in pairs} == {id(w.optimizer) for w in wrappers.values()}
+    for _ in range(8):
+        for name, model in models.items():
+            wrappers[name].step()
+            schedulers[name][0].step()
+            control = control_of(model)
+            rates = {
+                any(group['params'][0] is p for p in control): group['lr']
+                for group in wrappers[name].param_groups
+            }
+            assert rates[True] == pytest.approx(rates[False] / 10)
+        assert not list(lost_ratios(pairs))
 
 
 def test_a_plateau_keeps_the_ratio():
