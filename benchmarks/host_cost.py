@@ -17,13 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-# What is imported below reads them.
-os.environ['SSN_BACKEND'], os.environ['TRITON_INTERPRET'] = 'triton', '0'
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from ssn_plugin import SSN, set_radius  # noqa: E402
+from ssn_plugin import SSN, set_radius
 
 # All that Triton's driver asks of CUDA, with answers that it believes.
 CUDA = r"""
@@ -51,20 +48,39 @@ NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
 """
 
 
-def stub_cuda(folder: Path) -> ctypes.c_int:
+def with_stub(rounds: int) -> int:
+    """Run this script with the CUDA library that does nothing in the place of any other.
+
+    A process of its own, since torch loads the library of a machine that has one.
+
+    Args:
+        rounds: Of the measurement.
+
+    Returns:
+        The exit code.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, 'cuda.c'), Path(folder, 'libcuda.so.1')
+        source.write_text(CUDA)
+        command = ['cc', '-shared', '-fPIC', '-O2', '-Wl,-soname,libcuda.so.1', '-o']
+        subprocess.run([*command, library, source], check=True)
+        Path(folder, 'libcuda.so').symlink_to(library)
+        settings = {
+            'LD_PRELOAD': str(library),
+            'TRITON_LIBCUDA_PATH': folder,
+            'TRITON_INTERPRET': '0',
+            'SSN_BACKEND': 'triton',
+        }
+        command = [sys.executable, __file__, '--rounds', str(rounds), '--stub', library]
+        return subprocess.run(command, env={**os.environ, **settings}, check=False).returncode
+
+
+def stub_cuda(library: str) -> ctypes.c_int:
     """Put Triton on a CUDA library that does nothing; returns how often it was told to launch.
 
     Args:
-        folder: Where the library is built.
+        library: Its path; it is loaded.
     """
-    source = folder / 'cuda.c'
-    source.write_text(CUDA)
-    library = folder / 'libcuda.so.1'
-    command = ['cc', '-shared', '-fPIC', '-O2', '-Wl,-soname,libcuda.so.1', '-o', library, source]
-    subprocess.run(command, check=True)
-    (folder / 'libcuda.so').symlink_to(library)
-    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    os.environ['TRITON_LIBCUDA_PATH'] = str(folder)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
@@ -81,7 +97,7 @@ def stub_cuda(folder: Path) -> ctypes.c_int:
             return GPUTarget('cuda', 90, 32)
 
     triton.runtime.driver.set_active(Driver())
-    return ctypes.c_int.in_dll(loaded, 'launched')
+    return ctypes.c_int.in_dll(ctypes.CDLL(library), 'launched')
 
 
 def step_seconds(layer: nn.Module, x: Tensor, dy: Tensor, steps: int) -> tuple[float, float]:
@@ -132,23 +148,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--rounds', type=int, default=1000, help='rounds of 4 steps')
+    parser.add_argument('--stub', help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            launched = stub_cuda(Path(folder))
-            x, dy = torch.randn(2, 2, 64, 4, 4)
-            x.requires_grad_()
-            found = {'BatchNorm2d': nn.BatchNorm2d(64), 'SSN': SSN(64, radius=0.3)}
-            for layer in found.values():
-                step_seconds(layer, x, dy, 3)  # compiles
-            before = launched.value
-            step_seconds(found['SSN'], x, dy, 1)
-            launches = launched.value - before
-            times = {name: [] for name in found}
-            for _ in range(args.rounds):
-                for name, layer in found.items():
-                    times[name].append(step_seconds(layer, x, dy, 4))
+        if args.stub is None:
+            sys.exit(with_stub(args.rounds))
+        launched = stub_cuda(args.stub)
+        x, dy = torch.randn(2, 2, 64, 4, 4)
+        x.requires_grad_()
+        found = {'BatchNorm2d': nn.BatchNorm2d(64), 'SSN': SSN(64, radius=0.3)}
+        for layer in found.values():
+            step_seconds(layer, x, dy, 3)  # compiles
+        before = launched.value
+        step_seconds(found['SSN'], x, dy, 1)
+        launches = launched.value - before
+        times = {name: [] for name in found}
+        for _ in range(args.rounds):
+            for name, layer in found.items():
+                times[name].append(step_seconds(layer, x, dy, 4))
     except (ImportError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f'host_cost.py: {error}: it needs Triton and a C compiler')
     total = {}

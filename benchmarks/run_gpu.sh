@@ -11,6 +11,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT"
 rm -f "$OUT"/*.csv "$OUT"/*.log "$OUT"/store
 start=$SECONDS
+failed=()
 said() { echo "== $1 ($((SECONDS - start)) s)"; }
 
 GPU=$("$PYTHON" - <<'PY'
@@ -45,26 +46,24 @@ if [ -n "$GPU" ]; then
             timeout 110 xargs -0 "$PYTHON" -m pytest -q -p no:cacheprovider \
             > "$OUT/tests_$part.log" 2>&1 &
     done
-    failed=0
-    for job in $(jobs -p); do wait "$job" || failed=1; done
+    for job in $(jobs -p); do wait "$job" || failed=("tests on the GPU, see $OUT/tests_?.log"); done
     tail -qn 1 "$OUT"/tests_?.log
-    if [ $failed = 1 ]; then
+    if [ ${#failed[@]} != 0 ]; then
         grep -hE '^(FAILED|ERROR)' "$OUT"/tests_?.log || true
-        echo "run_gpu.sh: tests failed or ran out of time ($OUT/tests_*.log); figures follow all the same"
+        echo 'run_gpu.sh: tests failed or ran out of time; figures follow all the same'
     fi
 fi
 
 said 'layers, after warming their kernels up'
 "$PYTHON" benchmarks/gpu.py layers "$OUT" --seconds 110
 said 'what launches cost the CPU, with a driver that runs nothing'
-timeout 60 "$PYTHON" benchmarks/host_cost.py --rounds 200 > "$OUT/host_cost.log" 2>&1 || true
+timeout 60 "$PYTHON" benchmarks/host_cost.py --rounds 200 > "$OUT/host_cost.log" 2>&1 ||
+    failed+=("host_cost.py, see $OUT/host_cost.log")
 tail -n 1 "$OUT/host_cost.log"
 said 'a training step of Mask R-CNN'
 "$PYTHON" benchmarks/gpu.py step "$OUT" --seconds 70
 "$PYTHON" benchmarks/gpu.py names "$OUT"
 "$PYTHON" benchmarks/gpu.py tables "$OUT" | tee "$OUT/tables.txt"
-if [ "${failed:-0}" = 1 ]; then
-    echo "some GPU tests FAILED, see $OUT/tests_*.log"
-fi
+for what in ${failed[@]+"${failed[@]}"}; do echo "FAILED: $what"; done
 said "done, all of it in $OUT"
-exit "${failed:-0}"
+exit $((${#failed[@]} > 0))

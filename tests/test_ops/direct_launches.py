@@ -74,6 +74,11 @@ class Driver:
         return GPUTarget('cuda', 90, 32)
 
 
+def caches_of(kernel) -> dict:
+    """What Triton compiled, by device; before 3.3 under another name."""
+    return kernel.device_caches if hasattr(kernel, 'device_caches') else kernel.cache
+
+
 @pytest.fixture(autouse=True)
 def stubbed(monkeypatch):
     """The driver; memory that the same call gets again, and a way to do without direct launches."""
@@ -96,7 +101,7 @@ def stubbed(monkeypatch):
     for cached in (direct._is_direct, backend._forward_pass, backend._backward_pass):
         cached.cache_clear()
     for kernel in map(direct.kernels().__dict__.get, direct.kernels().__all__):
-        kernel.device_caches.clear()
+        caches_of(kernel).clear()
 
     def compare(call) -> None:
         nonlocal used
@@ -265,6 +270,21 @@ def test_a_profiler_sees_every_launch(stubbed):
     assert len(seen) == 4
 
 
+def test_a_hook_of_a_kernel_sees_every_launch(stubbed):
+    both = call()
+    both()
+    seen, kernel = [], direct.kernels().ssn_fwd_apply_kernel
+    kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(args))
+    try:
+        both()
+        both()
+    finally:
+        kernel.pre_run_hooks.clear()
+    assert len(seen) == 2
+    both()
+    assert len(seen) == 2
+
+
 def test_what_fails_inside_a_capture_names_the_remedy(stubbed, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
@@ -277,7 +297,7 @@ def test_what_fails_inside_a_capture_names_the_remedy(stubbed, monkeypatch):
     both()  # what is compiled may be captured
     monkeypatch.setattr(triton.compiler, 'compile', fail)
     for kernel in map(direct.kernels().__dict__.get, direct.kernels().__all__):
-        kernel.device_caches.clear()
+        caches_of(kernel).clear()
     with pytest.raises(RuntimeError, match='forward and backward pass on it before') as caught:
         call(shape=(1, 2, 300, 300))()
     assert 'not permitted' in str(caught.value.__cause__)

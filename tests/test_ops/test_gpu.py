@@ -248,3 +248,12 @@ def test_x_without_gradient():
     exact(x.double()).backward(dy.double())
     for ours, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_a_layer_on_the_cpu_is_refused():
+    # Twice: behind a layer of the same kind its kernels are compiled and launched directly.
+    x = torch.randn(2, 8, 6, 5, device='cuda')
+    for _ in range(2):
+        SSN(8).cuda()(x)
+        with pytest.raises(RuntimeError, match='on cpu, expected cuda:0'):
+            SSN(8)(x)

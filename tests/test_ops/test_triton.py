@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,10 @@ from ssn_plugin.ops.switchable_norm.triton import custom_ops as switchable_norm_
 from ssn_plugin.ops.switchable_norm.triton import kernels  # noqa: E402
 from ssn_plugin.ops.switchable_norm.triton.kernels import tiles  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')  # of NumPy
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning'),  # of NumPy
+    pytest.mark.filterwarnings('error:Conversion of an array:DeprecationWarning'),  # until 2.4
+]
 
 # tests/conftest.py chooses the interpreter where there is no GPU.
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -883,6 +887,17 @@ def test_traces_as_one_graph():
         results.append((y, [leaf.grad for leaf in leaves], buffers))
     torch.testing.assert_close(*results)
     assert results[0][2][0] == 3
+
+
+def test_a_layer_on_another_device_is_refused():
+    # A compiled kernel that is launched directly would take the address as one of its own.
+    vector = torch.zeros(3)
+    backend._refuse_elsewhere([vector, None], vector)
+    x = SimpleNamespace(get_device=lambda: 0, device='cuda:0')
+    for place, name in ((0, 'mean_control'), (8, 'bias'), (11, 'momentum')):
+        given = [vector if index == place else None for index in range(12)]
+        with pytest.raises(RuntimeError, match=rf'^{name}: .* cpu, expected cuda:0.*layer\.to'):
+            backend._refuse_elsewhere(given, x)
 
 
 def compiled(folder: Path, *what: str) -> list[str]:

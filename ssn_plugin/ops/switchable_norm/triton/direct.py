@@ -71,17 +71,18 @@ class Launch:
 
     def compile(self, values: Sequence, kinds: tuple) -> None:
         """Launch by the ordinary call, and keep what it compiled or found for the next time."""
-        compiled = self.ordinary(values)
+        compiled, kernel = self.ordinary(values), getattr(kernels(), self.name)
         if compiled is None:
             return
         rest = self.numbers
         if _triton_version() >= (3, 3):
-            names = getattr(kernels(), self.name).arg_names[-len(self.constants) :]
+            names = kernel.arg_names[-len(self.constants) :]
             rest += tuple(self.constants[name] for name in names)
         grid = (self._programs, 1, 1)
         settled = compiled.function, compiled.packed_metadata, *_NO_HOOKS
+        hooks = kernel.pre_run_hooks  # a list; whoever adds one wants to see the arguments
         # The last keeps the function loaded.
-        self.compiled[kinds] = compiled.run, grid, settled, self.pick, rest, compiled
+        self.compiled[kinds] = compiled.run, grid, settled, self.pick, rest, hooks, compiled
 
 
 def run(
@@ -114,10 +115,10 @@ def run(
     stream = _triton().runtime.driver.active.get_current_stream(device)
     for launch in launches:
         found = launch.compiled.get(kinds)
-        if found is None:
+        if found is None or found[-2]:
             launch.compile((*tensors, number), kinds)
         else:
-            start, grid, settled, pick, rest, _ = found
+            start, grid, settled, pick, rest, *_ = found
             start(*grid, stream, *settled, *pick(addresses), *rest)
 
 

@@ -373,6 +373,17 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
+def _refuse_elsewhere(given: Sequence[Tensor | None], x: Tensor) -> None:
+    # A kernel takes any address, and one of another device would end the process.
+    device = x.get_device()
+    for place, tensor in enumerate(given, _GIVEN):
+        if tensor is not None and tensor.get_device() != device:
+            raise RuntimeError(
+                f'{_FORWARD[place]}: got a tensor on {tensor.device}, expected {x.device}, where x '
+                'is; move the layer with layer.to(x.device)'
+            )
+
+
 def _image(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -389,6 +400,7 @@ _FORWARD = (
     'mean_control', 'var_control', 'radius', 'mean_fixed', 'var_fixed', 'mean_choice', 'var_choice',
     'weight', 'bias', 'running_mean', 'running_var', 'momentum', 'nothing', 'number',
 )  # fmt: skip
+_GIVEN = _FORWARD.index('mean_control')  # from here on they are the layer's
 _BACKWARD = (
     'dy', 'x', 'dx', 'saved', 'sums', 'pooled', 'weight',
     'dweight', 'dbias', 'dmean_control', 'dvar_control', 'nothing',
@@ -574,6 +586,7 @@ def forward(
         radius, mean_fixed, var_fixed, mean_choice, var_choice,
         _contiguous(weight), _contiguous(bias), *running, momentum if by_tensor else None,
     )  # fmt: skip
+    _refuse_elsewhere(given, x)
     kinds = (x.get_device(), x.dtype, *[None if t is None else t.dtype for t in given])
     call = (
         (x, y, saved, partial, scratch, *given, None),

@@ -16,6 +16,8 @@ README.md in ops/ says which pass reads and writes what. Throughout:
 - WIDE says that x has too many elements for 32 bits.
 """
 
+import triton
+
 from ssn_plugin.ops.switchable_norm.triton.kernels.backward import (
     ssn_bwd_dx_kernel,
     ssn_bwd_pool_kernel,
@@ -37,3 +39,23 @@ __all__ = [
     'ssn_fwd_pool_kernel',
     'ssn_probe_kernel',
 ]
+
+
+def _interpret_with_numpy_2_4() -> None:
+    """Let the interpreter of old Triton read numbers, which are arrays of one element to it.
+
+    Triton 3.0 to 3.6 call ``int(array)``, which NumPy refuses from 2.4 on.
+    """
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang_tensor
+
+    def prepare_tensors(tensor, *scope) -> None:
+        prepare(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = prepare_tensors
+
+
+if not isinstance(ssn_probe_kernel, triton.JITFunction):
+    _interpret_with_numpy_2_4()
