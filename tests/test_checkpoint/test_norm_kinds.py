@@ -22,7 +22,7 @@ BN, GN = nn.BatchNorm2d, nn.GroupNorm
         ([SSN(4)] * 2, [BN(4)], '1 BN in backbone, where the model has 2 SSN', 'bn2ssn://f.pth'),
         ([SSN(4)], [SN(4)], '1 SN in backbone, where the model has 1 SSN', 'sn2ssn://f.pth'),
         ([BN(4)], [SSN(4)] * 3, '3 SSN in backbone, where the model has 1 BN', 'the config that'),
-        ([GN(2, 4)], [SN(4)], '1 SN in backbone, where the model has 1 GN', 'the config that'),
+        ([GN(2, 4)], [SN(4)], '1 SN in backbone, where the model has 1 LN, GN or IN', 'the config'),
     ],
 )
 def test_another_kind(own, loaded, told, remedy):
