@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+from collections import OrderedDict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def load(name: str):
 
 @pytest.fixture(autouse=True)
 def _leave_no_default_scope(monkeypatch):
-    # An example that sets mmengine's default scope would set it for every test after it.
-    monkeypatch.setattr(DefaultScope, '_instance_dict', DefaultScope._instance_dict.copy())
+    # An example begins without a default scope of mmengine, as in a new process, and one that sets
+    # it sets it for no test after it.
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.mark.parametrize('name', modules())
