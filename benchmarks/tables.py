@@ -7,6 +7,7 @@ python benchmarks/tables.py --write  # put them into README.md
 import argparse
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from layer import geometric_mean
@@ -161,31 +162,49 @@ def tables() -> str:
     return '\n'.join(parts)
 
 
+def between_marks(text: str, name: str, content: str) -> str:
+    """A page with other content between its marks ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+
+    Args:
+        text: The page.
+        name: NAME.
+        content: What to put there; the marks stand on lines of their own.
+    """
+    return re.sub(
+        rf'(<!-- {name} -->\n).*(\n<!-- end of {name} -->)',
+        lambda found: f'{found[1]}{content}{found[2]}',
+        text,
+        flags=re.DOTALL,
+    )
+
+
 def with_tables(text: str) -> str:
     """README.md with the tables of today between its two marks.
 
     Args:
         text: README.md.
     """
-    return re.sub(
-        r'(<!-- tables -->\n).*(<!-- end of tables -->)',
-        lambda found: f'{found[1]}{tables()}{found[2]}',
-        text,
-        flags=re.DOTALL,
-    )
+    return between_marks(text, 'tables', tables().removesuffix('\n'))
 
 
-def main() -> None:
-    """Print or write."""
+def print_or_write(about: str, page: Path, content: Callable, changed: Callable) -> None:
+    """Print, or with ``--write`` put into a page.
+
+    Args:
+        about: What ``--help`` says.
+        page: The page.
+        content: Makes what is printed.
+        changed: Makes of the page's text that with the content.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--write', action='store_true', help='put the tables into README.md')
+    parser.add_argument('--write', action='store_true', help=f'put it into {page.name}')
     if parser.parse_args().write:
-        README.write_text(with_tables(README.read_text()))
+        page.write_text(changed(page.read_text()))
     else:
-        print(tables())
+        print(content())
 
 
 if __name__ == '__main__':
-    main()
+    print_or_write(__doc__, README, tables, with_tables)

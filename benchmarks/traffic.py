@@ -7,13 +7,11 @@ Float32 and contiguous. BatchNorm2d is counted as if its rows fitted on the chip
 write forward, two reads and one write backward, in one launch each.
 """
 
-import argparse
-import re
 from pathlib import Path
 
 from layer import TRAFFIC
 from shapes import SHAPES, Shape
-from tables import markdown
+from tables import between_marks, markdown, print_or_write
 
 from ssn_plugin.ops.switchable_norm.triton import launch as backend
 
@@ -68,25 +66,8 @@ def with_table(text: str) -> str:
     Args:
         text: README.md.
     """
-    return re.sub(
-        r'(<!-- traffic -->\n).*(\n<!-- end of traffic -->)',
-        lambda found: f'{found[1]}{table()}{found[2]}',
-        text,
-        flags=re.DOTALL,
-    )
-
-
-def main() -> None:
-    """Print or write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--write', action='store_true', help='put the table into ops/README.md')
-    if parser.parse_args().write:
-        README.write_text(with_table(README.read_text()))
-    else:
-        print(table())
+    return between_marks(text, 'traffic', table())
 
 
 if __name__ == '__main__':
-    main()
+    print_or_write(__doc__, README, table, with_table)

@@ -61,32 +61,31 @@ def test_other_scopes_are_refused(scope, told):
         framework_script(Config(dict(default_scope=scope)), 'train.py')
 
 
+def train_with(script: str, folder: Path, monkeypatch, *options: str):
+    """Run train.py on a codebase whose own train.py is this one."""
+    package(folder, 'mmwhatever')
+    (folder / 'mmwhatever' / '.mim' / 'tools' / 'train.py').write_text(script)
+    text = "default_scope = 'mmwhatever'\nmodel = dict(type='SSN', num_features=4)"
+    (folder / 'c.py').write_text(text)
+    monkeypatch.setenv('PYTHONPATH', f'{folder}{os.pathsep}{ROOT}')
+    return run(ROOT / 'tools/train.py', 'c.py', *options, cwd=folder)
+
+
 def test_options_of_the_codebase_reach_its_script(tmp_path, monkeypatch):
     """And the inputs are checked as ever."""
-    package(tmp_path, 'mmwhatever')
-    script = tmp_path / 'mmwhatever' / '.mim' / 'tools' / 'train.py'
-    script.write_text('import sys\nprint("ran with", *sys.argv[1:])')
-    text = "default_scope = 'mmwhatever'\nmodel = dict(type='SSN', num_features=4)"
-    (tmp_path / 'c.py').write_text(text)
-    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{ROOT}')
-    result = run(ROOT / 'tools/train.py', 'c.py', '--sweep', '3', cwd=tmp_path)
+    script = 'import sys\nprint("ran with", *sys.argv[1:])'
+    result = train_with(script, tmp_path, monkeypatch, '--sweep', '3')
     assert result.returncode == 0, result.stderr
     assert 'ran with c.py --sweep 3' in result.stdout
 
 
 def test_an_error_of_the_script_before_its_work_is_one_line(tmp_path, monkeypatch):
     """As mmengine raises where the config lacks something, deep in its own code."""
-    package(tmp_path, 'mmwhatever')
-    script = tmp_path / 'mmwhatever' / '.mim' / 'tools' / 'train.py'
-    script.write_text('def f():\n    raise RuntimeError("provide\\nmore")\nf()')
-    text = "default_scope = 'mmwhatever'\nmodel = dict(type='SSN', num_features=4)"
-    (tmp_path / 'c.py').write_text(text)
-    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{ROOT}')
-    result = run(ROOT / 'tools/train.py', 'c.py', cwd=tmp_path)
+    script = 'def f():\n    raise RuntimeError("provide\\nmore")\nf()'
+    result = train_with(script, tmp_path, monkeypatch)
     assert result.returncode == 1
-    expected = (
-        f'train.py: config: the run cannot be built: RuntimeError: provide ({script}, line 2)'
-    )
+    place = tmp_path / 'mmwhatever' / '.mim' / 'tools' / 'train.py'
+    expected = f'train.py: config: the run cannot be built: RuntimeError: provide ({place}, line 2)'
     assert result.stderr.splitlines()[-1] == expected
     assert 'Traceback' not in result.stderr
 
