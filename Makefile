@@ -43,8 +43,8 @@ test-pretrain:  ## set up mmpretrain in .venv-pretrain and test pre-training, wi
 test-oldest:  ## torch 2.1, mmengine 0.10.7 and mmcv without ops, in .venv-oldest; what needs no more
 	@$(PYTHON) tools/setup_env.py --family oldest --extras demo test
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
-		-m 'not slow and not demo' tests/test_engine tests/test_checkpoint tests/test_layers \
-		tests/test_ops tests/test_functional.py tests/test_training.py tests/test_deploy \
+		-m 'not slow and not demo' tests/test_layers tests/test_ops tests/test_engine \
+		tests/test_checkpoint tests/test_functional.py tests/test_training.py tests/test_deploy \
 		tests/test_docstrings.py tests/test_public_api.py
 
 bench: setup  ## the benchmarks of the CPU (10 minutes; leave the machine alone meanwhile)

@@ -9,10 +9,12 @@ from _compat_pickle import IMPORT_MAPPING
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import SimpleNamespace
+from functools import wraps
+from types import MethodType, SimpleNamespace
 from typing import BinaryIO
 
 import torch
+from torch.optim import Optimizer
 
 VERSION = tuple(int(number) for number in torch.__version__.split('.')[:2])
 
@@ -30,6 +32,25 @@ CPU_NORMALIZES_HALF = VERSION >= (2, 3)
 
 # Custom operators in Python, and Triton 3, which the kernels are written for.
 HAS_CUSTOM_OPS = VERSION >= (2, 4)
+
+
+def before_every_step(optimizer: Optimizer, hook: Callable[[Optimizer, tuple, dict], None]) -> None:
+    """Call a hook before every step of an optimizer.
+
+    Before 2.4 the first ``torch.compile`` of anything turns off the hooks of all optimizers, those
+    that come later included. There ``step`` itself calls the hook.
+    """
+    if VERSION >= (2, 4):
+        optimizer.register_step_pre_hook(hook)
+        return
+    step = optimizer.step
+
+    @wraps(step)  # a loss scaler reads its signature
+    def step_after_hook(self: Optimizer, *args, **kwargs) -> object:
+        hook(self, args, kwargs)
+        return step(*args, **kwargs)
+
+    optimizer.step = MethodType(step_after_hook, optimizer)  # schedulers expect a method
 
 
 # ---- torch 2.6

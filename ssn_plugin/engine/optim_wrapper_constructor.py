@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
+from ssn_plugin.torch_versions import before_every_step
 from ssn_plugin.training import clip_or_drop, without_finite_gradient
 
 _DEFAULTS = dict(ssn_lr_mult=0.1, ssn_decay_mult=0.0, ssn_clip_norm=1.0)
@@ -132,7 +133,7 @@ class _Clipping:
         self.said = False
         # Wrappers differ in how they accumulate and unscale, but all have done so when they call
         # the optimizer's step.
-        wrapper.optimizer.register_step_pre_hook(self.before_step)
+        before_every_step(wrapper.optimizer, self.before_step)
         if wrapper.clip_grad_kwargs:
             self.clip_all = wrapper._clip_grad  # called by the wrapper on unscaled gradients
             wrapper._clip_grad = self.clip_control_then_all

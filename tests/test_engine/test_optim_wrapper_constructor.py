@@ -21,6 +21,7 @@ from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 from mmengine.registry import PARAM_SCHEDULERS
 from since import since
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ssn_plugin import SN, SSN, SelectedNorm, set_radius
 from ssn_plugin.engine.learning_rates import keep_ratios, lost_ratios, pairs_to_watch
@@ -487,6 +488,19 @@ def test_a_near_tie_does_not_shrink_the_other_gradients():
     torch.testing.assert_close(steps[0], steps[1])
 
 
+def test_clip_beside_torch_compile():
+    """Before torch 2.4 it turns off the hooks of all optimizers of the process."""
+    models = [two_norms(), two_norms()]
+    wrappers = [build(models[0], **plain_sgd())]
+    torch.compile(torch.neg, backend='eager')(torch.ones(1))
+    wrappers.append(build(models[1], **plain_sgd()))
+    for model, wrapper in zip(models, wrappers, strict=True):
+        LambdaLR(wrapper.optimizer, lambda step: 1.0)  # puts itself around the step
+        grads, before = gradients(model, 50.0), snapshot(model)
+        wrapper.update_params(loss_with(model, grads))
+        check_update(update_of(model, before), grads, control_lr=0.1, clipped_to=1.0)
+
+
 @pytest.fixture
 def amp_on_cpu(monkeypatch):
     """mmengine's AmpOptimWrapper asks for a GPU; its logic needs none."""
@@ -629,16 +643,17 @@ def test_an_overflow_under_a_scaler_is_no_lost_gradient(monkeypatch):
         'ssn_plugin.engine.optim_wrapper_constructor.print_log', lambda text, **_: said.append(text)
     )
     model = two_norms()
-    wrapper = build(model, **(plain_sgd() | dict(clip_grad=dict(max_norm=1.0))))
+    fused = dict(fused=True) if VERSION >= (2, 4) else {}  # earlier there is none of the CPU
+    sgd = dict(type='SGD', lr=1.0, **fused)
+    wrapper = build(model, optimizer=sgd, clip_grad=dict(max_norm=1.0))
     wrapper.loss_scaler = object()
     loss_with(model, gradients(model, 0.5)).backward()
     model[0].mean_weight.grad[0] = math.inf
     wrapper._clip_grad()
     del wrapper.loss_scaler
-    wrapper.optimizer.found_inf = torch.ones(())  # as for a fused optimizer
+    wrapper.optimizer.found_inf = torch.ones(())  # as a scaler says it to a fused optimizer
     model[0].mean_weight.grad = torch.full((3,), math.inf)
-    for hook in wrapper.optimizer._optimizer_step_pre_hooks.values():
-        hook(wrapper.optimizer, (), {})
+    wrapper.optimizer.step()
     assert said == []
 
 
