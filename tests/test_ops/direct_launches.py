@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher
 
 from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as backend
@@ -198,6 +199,25 @@ def test_a_kernel_is_searched_for_once(stubbed, monkeypatch):
     for _ in range(3):
         both()
     assert len(searched) == 4
+
+
+@pytest.mark.parametrize('memory', [0, 64])
+def test_what_the_launcher_passes_on_is_the_same_without_it(memory):
+    passed, given = [], (1, 2.5, True)
+    launcher = object.__new__(CudaLauncher)
+    launcher.launch = lambda *values: passed.append(values)
+    launcher.num_ctas, launcher.launch_cooperative_grid, launcher.launch_pdl = 1, False, False
+    launcher.global_scratch_size, launcher.profile_scratch_size = memory, 0
+    launcher.global_scratch_align = launcher.profile_scratch_align = 1
+    launcher.gsan_enabled, launcher.arg_annotations, launcher.kernel_signature = False, [1], b'2'
+    settled = (11, (2, 1, 0), None, None, None)
+    start, between, packs = direct.innermost(launcher, settled, 2, given)
+    assert not passed  # nothing was launched
+    assert (start is launcher) == bool(memory)  # one that needs memory goes the long way
+    if not memory:
+        launcher(5, 1, 1, 7, *settled, 32, 48, *given)
+        start(5, 1, 1, 7, *between, *([(32, 48, *given)] if packs else (32, 48, *given)))
+        assert passed[0] == passed[1]
 
 
 def test_the_momentum_of_a_call_is_its_own(stubbed):

@@ -895,12 +895,12 @@ def test_traces_as_one_graph():
 def test_a_layer_on_another_device_is_refused():
     # A compiled kernel that is launched directly would take the address as one of its own.
     vector = torch.zeros(3)
-    backend._refuse_elsewhere([vector, None], vector)
-    x = SimpleNamespace(get_device=lambda: 0, device='cuda:0')
+    assert backend._kinds([vector, None], vector) == (-1, torch.float32, torch.float32, None)
+    x = SimpleNamespace(get_device=lambda: 0, device='cuda:0', dtype=torch.float32)
     for place, name in ((0, 'mean_control'), (8, 'bias'), (11, 'momentum')):
         given = [vector if index == place else None for index in range(12)]
         with pytest.raises(RuntimeError, match=rf'^{name}: .* cpu, expected cuda:0.*layer\.to'):
-            backend._refuse_elsewhere(given, x)
+            backend._kinds(given, x)
 
 
 def compiled(folder: Path, *what: str) -> list[str]:

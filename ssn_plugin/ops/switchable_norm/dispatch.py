@@ -142,7 +142,9 @@ def switchable_norm(
                 x, running_mean, running_var, weight, bias, training, batch.momentum, settings.eps
             )
             return y if control.mean is None else UnreadFunction.apply(y, *control[:2])
-        return fused.FusedSwitchableNormFunction.apply(
+        plain = not (is_compiling() or torch._C._are_functorch_transforms_active())
+        apply = fused.apply if plain else fused.FusedSwitchableNormFunction.apply
+        return apply(
             x,
             control.mean,
             control.var,

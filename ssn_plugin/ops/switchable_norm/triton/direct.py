@@ -4,7 +4,8 @@ Triton's own call, ``kernel[grid](...)``, takes several times as long to find a 
 to launch it. But it returns what it found, which is kept here and launched itself from then on.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from operator import itemgetter, or_
 from types import ModuleType
@@ -80,9 +81,45 @@ class Launch:
             rest += tuple(self.constants[name] for name in names)
         grid = (self._programs, 1, 1)
         settled = compiled.function, compiled.packed_metadata, *_NO_HOOKS
+        start, settled, packs = innermost(compiled.run, settled, len(self.pick(values)), rest)
         hooks = kernel.pre_run_hooks  # a list; whoever adds one wants to see the arguments
         # The last keeps the function loaded.
-        self.compiled[kinds] = compiled.run, grid, settled, self.pick, rest, hooks, compiled
+        self.compiled[kinds] = start, grid, settled, self.pick, rest, packs, hooks, compiled
+
+
+def innermost(
+    launcher: Callable, settled: tuple, addresses: int, rest: tuple
+) -> tuple[Callable, tuple, bool]:
+    """What Triton's launcher calls in the end, what that gets behind grid and stream, and how.
+
+    The launcher makes room for kernels that need memory of their own, which ours do not, and takes
+    twice as long as the launch itself. What it passes on is the same each time: it is noted once.
+
+    Args:
+        launcher: Of the compiled kernel.
+        settled: What it gets between the stream and the arguments of the kernel.
+        addresses: How many of those are addresses.
+        rest: Those behind them.
+
+    Returns:
+        The function; its arguments between the stream and those of the kernel; whether it takes
+        the latter as one tuple. The launcher itself where it does anything else.
+    """
+    noted, stream, given = [], object(), (*range(16, 16 + addresses), *rest)
+    try:
+        needs_memory = launcher.global_scratch_size or launcher.profile_scratch_size
+        noting = copy.copy(launcher)
+        noting.launch = lambda *passed: noted.append(passed)
+        if not needs_memory:
+            noting(1, 1, 1, stream, *settled, *given)
+    except Exception:  # a launcher of another kind
+        noted.clear()
+    for passed in noted:
+        if passed[:4] == (1, 1, 1, stream) and passed[-1] == given:
+            return launcher.launch, passed[4:-1], True
+        if passed[:4] == (1, 1, 1, stream) and passed[-len(given) :] == given:
+            return launcher.launch, passed[4 : -len(given)], False
+    return launcher, settled, False
 
 
 def run(
@@ -118,8 +155,11 @@ def run(
         if found is None or found[-2]:
             launch.compile((*tensors, number), kinds)
         else:
-            start, grid, settled, pick, rest, *_ = found
-            start(*grid, stream, *settled, *pick(addresses), *rest)
+            start, grid, settled, pick, rest, packs, *_ = found
+            if packs:
+                start(*grid, stream, *settled, (*pick(addresses), *rest))
+            else:
+                start(*grid, stream, *settled, *pick(addresses), *rest)
 
 
 @lru_cache

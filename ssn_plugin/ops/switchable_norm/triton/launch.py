@@ -369,18 +369,20 @@ def _laid_out_as(dy: Tensor, x: Tensor, axis: int) -> Tensor:
     return _image(x).copy_(dy)
 
 
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+def _kinds(given: Sequence[Tensor | None], x: Tensor) -> tuple:
+    """Device and dtypes, by which compiled kernels are told apart; all must be on that device.
 
-
-def _refuse_elsewhere(given: Sequence[Tensor | None], x: Tensor) -> None:
-    # A kernel takes any address, and one of another device would end the process.
+    A kernel takes any address, and one of another device would end the process.
+    """
     device = x.get_device()
-    for place, tensor in enumerate(given, _GIVEN):
+    found = [t if t is None else t.dtype for t in given if t is None or t.get_device() == device]
+    if len(found) == len(given):
+        return device, x.dtype, *found
+    for name, tensor in zip(_FORWARD[_GIVEN:], given, strict=False):
         if tensor is not None and tensor.get_device() != device:
             raise RuntimeError(
-                f'{_FORWARD[place]}: got a tensor on {tensor.device}, expected {x.device}, where x '
-                'is; move the layer with layer.to(x.device)'
+                f'{name}: got a tensor on {tensor.device}, expected {x.device}, where x is; move '
+                'the layer with layer.to(x.device)'
             )
 
 
@@ -580,18 +582,17 @@ def forward(
     if plan.partial:
         partial = _vector(plan.partial, x)
     y, saved = _image(x), _vector(plan.saved, x)
-    running = _contiguous(running_mean), _contiguous(running_var)
-    given = (
-        _contiguous(mean_control), _contiguous(var_control),
-        radius, mean_fixed, var_fixed, mean_choice, var_choice,
-        _contiguous(weight), _contiguous(bias), *running, momentum if by_tensor else None,
-    )  # fmt: skip
-    _refuse_elsewhere(given, x)
-    kinds = (x.get_device(), x.dtype, *[None if t is None else t.dtype for t in given])
+    given = [
+        t if t is None or t.is_contiguous() else t.contiguous()
+        for t in (
+            mean_control, var_control, radius, mean_fixed, var_fixed, mean_choice, var_choice,
+            weight, bias, running_mean, running_var, momentum if by_tensor else None,
+        )
+    ]  # fmt: skip
     call = (
         (x, y, saved, partial, scratch, *given, None),
         0.0 if by_tensor else float(momentum),
-        kinds,
+        _kinds(given, x),
     )
     count = None
     if shares:
@@ -601,7 +602,7 @@ def forward(
         launches = launches[-1:]
     direct.run(launches, *call)
     if tracks:
-        for buffer, updated in zip((running_mean, running_var), running, strict=True):
+        for buffer, updated in zip((running_mean, running_var), given[-3:], strict=False):
             if buffer is not updated:
                 buffer.copy_(updated)
     return y, saved, count
@@ -798,7 +799,7 @@ def backward(
             dvar_control.zero_()
     sums = _vector(sums, saved) if sums else None
     pooled = _vector(pooled, saved) if pooled else None
-    weight = _contiguous(weight)
+    weight = None if weight is None else weight.contiguous()
     call = (
         (
             dy, x, dx, saved, sums, pooled, weight,
