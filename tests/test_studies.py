@@ -465,6 +465,8 @@ def fine_tuning(tmp_path):
 def test_network_of_transfer_has_one_norm_throughout(task, norm, size, fine_tuning):
     from mmengine.registry import MODELS, init_default_scope
 
+    from ssn_plugin.engine.start_check import check_norms_asked_for
+
     config = fine_tuning(task=task, norm=norm, size=size)
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)  # init_cfg is not used before init_weights()
@@ -478,6 +480,7 @@ def test_network_of_transfer_has_one_norm_throughout(task, norm, size, fine_tuni
     hooks = [hook.type for hook in config.custom_hooks]
     assert ('SSNRadiusHook' in hooks) == (norm == 'SSN')
     assert 'SSNResumeHook' in hooks
+    check_norms_asked_for(model, config.to_dict())  # as the start of a run does
 
 
 @pytest.mark.parametrize(('task', 'batch'), [('det', 4), ('seg', 1)])

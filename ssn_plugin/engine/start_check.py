@@ -65,7 +65,10 @@ def check_norms_asked_for(model: nn.Module, config: Mapping) -> None:
     else:
         told = 'no part of model has a norm_cfg'
         remedy = 'set one in each part that takes it, as in model.backbone.norm_cfg.type=SSN'
-    raise InputError(f'model: has no SSN layer, although {asked}: {told}; {remedy}')
+    raise InputError(
+        f'model: has no SSN layer, although {asked}: {told}; {remedy}; '
+        'to train without SSN, take that line out of the config'
+    )
 
 
 def _request_for_ssn(config: Mapping) -> str | None:

@@ -65,6 +65,7 @@ def config_of(run: Row, folders: Mapping[str, Path], backbone: str, work_dir: Pa
     set_rules(config, norm, interval)
     norm_cfg = dict(type=norm, num_groups=size['groups']) if norm == 'GN' else dict(type=norm)
     _set_network(config, task, size['channels'], norm_cfg)
+    config.norm_cfg = norm_cfg  # the demo's variable would ask for SSN in every run
     config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=backbone)
     # As mmdet does. SN and SSN keep their statistics live, as SN's authors fine-tune.
     config.model.backbone.norm_eval = norm == 'BN'
