@@ -119,9 +119,9 @@ def _strict_unpickler(objects: Mapping[str, object]) -> Iterator[None]:
 
 # ---- torch 2.13
 
-
-# 2.11 compiles the backward pass of a layer into zero gradients; 2.12 was not tried.
-COMPILES_LAYERS = not (2, 11) <= VERSION < (2, 13)
+# Before it torch.compile of a layer gives zero gradients (2.11), ends in an error of its own (2.6),
+# or says at length why it cannot (2.1); 2.12 was not tried.
+COMPILES_LAYERS = VERSION >= (2, 13)
 
 
 def beside_the_graph(function: Callable) -> Callable:
