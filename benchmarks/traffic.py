@@ -1,4 +1,4 @@
-"""What an undecided layer moves and launches on a GPU, counted; the table of ops/README.md.
+"""What a layer moves and launches on a GPU, counted; the table of ops/README.md.
 
 python benchmarks/traffic.py          # print it
 python benchmarks/traffic.py --write  # put it into ops/README.md
@@ -7,6 +7,7 @@ Float32 and contiguous. BatchNorm2d is counted as if its rows fitted on the chip
 write forward, two reads and one write backward, in one launch each.
 """
 
+import math
 from pathlib import Path
 
 from layer import TRAFFIC
@@ -27,37 +28,49 @@ MOVED = {
 THREE = ('IN', 'LN', 'BN')
 
 
-def line_of(shape: Shape) -> list[str]:
-    """Cells of one input.
+def counted(shape: Shape, selected: tuple) -> list[str]:
+    """Launches, megabytes and the time that these take, forward and backward.
 
     Args:
         shape: The input.
+        selected: Indices of what mean and variance selected, or None.
     """
     num, channels, height, width = shape.size
-    settings = (num, channels, height * width, 1, 0, THREE, 1, False, (None, None))
-    forward = backend._forward_pass(settings, 'sparsestmax', True, False, False, 1e-5)
+    settings = (num, channels, height * width, 1, 0, THREE, 1, False, selected)
+    tracks = selected == (None, None)
+    forward = backend._forward_pass(settings, 'sparsestmax', tracks, False, False, 1e-5)
     backward = backend._backward_pass(settings, 'sparsestmax', (True,) * 4, False, 1e-5)
-    size = 4 * num * channels * height * width
     names = [launch.name for launch in (*forward.launches, *backward.launches)]
-    moved = size * sum(MOVED.get(name, 0) for name in names)
-    least = size * TRAFFIC['both']
-    return [
-        shape.where,
-        ' x '.join(map(str, shape.size)),
-        f'{len(forward.launches)} + {len(backward.launches)}',
-        f'{moved / 1e6:.1f}',
-        f'{1e6 * moved / RATE:.1f}',
-        '1 + 1',
-        f'{least / 1e6:.1f}',
-        f'{1e6 * least / RATE:.1f}',
-    ]
+    launches = f'{len(forward.launches)} + {len(backward.launches)}'
+    return [launches, *moved(shape, sum(MOVED.get(name, 0) for name in names))]
+
+
+def moved(shape: Shape, times: int) -> list[str]:
+    """Megabytes that are read or written, and the microseconds that it takes.
+
+    Args:
+        shape: The input.
+        times: How often all of it is read or written.
+    """
+    size = 4 * math.prod(shape.size) * times
+    return [f'{size / 1e6:.1f}', f'{1e6 * size / RATE:.1f}']
 
 
 def table() -> str:
     """All inputs of the benchmark."""
     head = ['place', 'shape', 'launches', 'MB', 'us at 4.3 TB/s']
-    head += ['BN, launches', 'BN, MB', 'BN, us']
-    return markdown(head, [line_of(shape) for shape in SHAPES])
+    head += ['decided on IN, launches', 'MB', 'us', 'BN, MB in 1 + 1', 'us']
+    rows = [
+        [
+            shape.where,
+            ' x '.join(map(str, shape.size)),
+            *counted(shape, (None, None)),
+            *counted(shape, (0, 0)),
+            *moved(shape, TRAFFIC['both']),
+        ]
+        for shape in SHAPES
+    ]
+    return markdown(head, rows)
 
 
 def with_table(text: str) -> str:

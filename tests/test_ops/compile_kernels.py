@@ -226,6 +226,10 @@ def sample() -> Iterator[dict]:
     for k in range(3):
         yield dict(shape=large, selected=(k, k))
         yield dict(shape=large, selected=(k, k), training=False)
+    for shape in ((2, 64, 128, 128), (2, 64, 127, 127), (512, 256, 7, 7)):
+        yield dict(shape=shape, selected=(0, 0))
+    yield dict(shape=(32, 256, 14, 14), selected=(0, 0), last=True)
+    yield dict(shape=(32, 512, 7, 7), selected=(0, 0), last=True, dtype=torch.float16)
 
 
 def machine(generations: tuple[int, ...]) -> None:

@@ -681,7 +681,7 @@ def test_batch_norm_in_evaluation_is_one_pass(launches):
 
 
 def test_what_is_decided_needs_no_other_statistics(launches):
-    case = Case(image(3, 4, 5, 3), running=True, selected=(0, 0), affine=(False, False))
+    case = Case(image(3, 32, 5, 3), running=True, selected=(1, 1), affine=(False, False))
     case.running = [buffer.fill_(7) for buffer in case.running]
     case.run()
     assert launches == [
@@ -691,6 +691,31 @@ def test_what_is_decided_needs_no_other_statistics(launches):
         'ssn_bwd_dx_kernel',
     ]
     assert all((buffer == 7).all() for buffer in case.running)
+
+
+# What runs where a layer is decided on IN and a program keeps whole rows.
+WHOLE = ['ssn_fwd_apply_kernel', 'ssn_bwd_dx_kernel', 'ssn_bwd_pool_kernel']
+
+
+@pytest.mark.parametrize('last', [False, True], ids=['contiguous', 'channels_last'])
+@pytest.mark.parametrize('size', [(1, 1), (5, 3), (10, 8), (29, 31), (90, 91)])
+def test_a_layer_decided_on_instance_norm_reads_x_once(size, last, launches):
+    case = Case(image(3, 5, *size, last=last), running=True, selected=(0, 0), correction=int(last))
+    case.check()
+    if last and size == (90, 91):
+        assert launches != WHOLE  # 8 such rows are more than a program can keep
+    else:
+        assert launches == WHOLE
+
+
+@pytest.mark.parametrize('wanted', list(itertools.product((False, True), repeat=3)))
+def test_gradients_of_a_layer_decided_on_instance_norm(wanted, launches):
+    case = Case(image(2, 36, 5, 3, dtype=torch.bfloat16), selected=(0, 0))
+    dx, dbias, dweight = wanted
+    case.check(needs_dx=dx, needs_dbias=dbias, needs_dweight=dweight)
+    assert launches[:1] == WHOLE[:1]
+    if dx:
+        assert launches == WHOLE[: 2 + (dbias or dweight)]
 
 
 def test_launches_of_an_undecided_layer(launches):
@@ -727,6 +752,12 @@ def test_programs_cover_x_once(axis):
         blocks = num * math.ceil(channels / rows) if axis == 0 else math.ceil(num * channels / rows)
         assert programs == blocks * splits
         assert splits == 1 or chunk >= backend._SPLIT_TILES * positions
+        whole = backend._whole_tiling(num, channels, length, axis)
+        if whole is not None:
+            assert length <= whole.positions < max(2 * length, 2)
+            assert whole.rows * whole.positions <= backend._WHOLE
+            rows = channels if axis == 0 else num * channels
+            assert whole.programs == math.ceil(rows / whole.rows) * (num if axis == 0 else 1)
 
 
 def test_stem_of_two_images_fills_the_chip():

@@ -43,6 +43,10 @@ _FEW_CHANNELS = 16
 _PROGRAMS = 1024  # fill a large chip
 _SPLIT_TILES = 4  # rows are split into parts of at least so many tiles
 _SPLITS = 64  # and into so many at most
+# Whole rows that a program keeps, of a layer that is decided on IN: 32 registers of each of 512
+# threads for x and as many for dy; half of it where rows lie side by side in memory.
+_WHOLE = 2**14
+_WHOLE_WARPS = 16
 _POOL_TILE = 1024  # numbers per row that a program holds at once where it pools
 _POOL_SAMPLES = 128  # of at most so many samples, or channels, together
 _POOL_MEMBERS = 64  # channels of a group
@@ -162,6 +166,11 @@ def _row_tile(num: int, channels: int, length: int) -> tuple[int, int]:
         (width for width in widths if 3 * padded[width] <= 4 * length),
         min(widths, key=padded.get),
     )
+    return _rows_beside(positions, num, channels), positions
+
+
+def _rows_beside(positions: int, num: int, channels: int) -> int:
+    """Rows of a tile of so many positions of a contiguous x."""
     # Fewer rows where there would be too few programs, down to a quarter of a tile.
     rows = max((_TILE // 2 if positions <= _SHORT else _TILE) // positions, 1)
     rows = min(rows, _ROWS)
@@ -171,7 +180,15 @@ def _row_tile(num: int, channels: int, length: int) -> tuple[int, int]:
     whole = channels & -channels
     if whole < rows and whole * positions >= 256:
         rows = whole
-    return rows, positions
+    return rows
+
+
+def _channels_of_a_tile(num: int, channels: int) -> int:
+    """Rows of a tile of a channels_last x."""
+    rows = min(_power_of_2(channels), _CHANNELS)
+    while rows > _FEW_CHANNELS and num * _ceil(channels, rows) * _SPLITS < _PROGRAMS:
+        rows //= 2
+    return rows
 
 
 def _tiling(num: int, channels: int, length: int, axis: int) -> _Tiling:
@@ -179,9 +196,7 @@ def _tiling(num: int, channels: int, length: int, axis: int) -> _Tiling:
         rows, positions = _row_tile(num, channels, length)
         blocks = _ceil(num * channels, rows)
     else:
-        rows = min(_power_of_2(channels), _CHANNELS)
-        while rows > _FEW_CHANNELS and num * _ceil(channels, rows) * _SPLITS < _PROGRAMS:
-            rows //= 2
+        rows = _channels_of_a_tile(num, channels)
         # Offsets within a tile are 32 bits wide.
         positions = min(_power_of_2(length), _TILE // rows, _power_of_2(2**30 // channels))
         blocks = num * _ceil(channels, rows)
@@ -190,6 +205,21 @@ def _tiling(num: int, channels: int, length: int, axis: int) -> _Tiling:
     tiles = _ceil(tiles, splits)
     splits = _ceil(length, tiles * positions)
     return _Tiling(rows, positions, tiles, splits, blocks * splits)
+
+
+def _whole_tiling(num: int, channels: int, length: int, axis: int) -> _Tiling | None:
+    """Tiles of whole rows; None where a row is too long for one."""
+    positions, most = _power_of_2(length), _WHOLE
+    if axis == 1:
+        rows = _rows_beside(positions, num, channels)
+        blocks = _ceil(num * channels, rows)
+    else:
+        rows, most = _channels_of_a_tile(num, channels), _WHOLE // 2
+        while rows > _FEW_CHANNELS and rows * positions > most:
+            rows //= 2
+        blocks = num * _ceil(channels, rows)
+    fits = rows * positions <= most and (axis == 1 or positions * channels <= 2**30)
+    return _Tiling(rows, positions, 1, 1, blocks) if fits else None
 
 
 class _Statistics(NamedTuple):
@@ -246,6 +276,7 @@ class _Plan(NamedTuple):
     partial: int  # numbers of splits, where rows are split and their moments are needed
     by_sample: bool  # LN or GN is needed
     ratios: int  # 1 if the CPU does not know them both
+    whole: bool  # decided on IN, of rows that a program keeps: x is read once, each way
     merges: bool  # the pass over x can pool by itself
     spread: bool  # a thread has elements of several rows, and would do the work of each
     divisor: int  # of a row's sum of squares
@@ -301,7 +332,10 @@ def _plan(
         used = k < len(normalizers) and normalizers[k] in names
         kinds |= (_KINDS[normalizers[k]] if used else _UNUSED) << 4 * k
     mean, var = (-1 if index is None else index for index in selected)
-    tiling = _tiling(num, channels, length, axis)
+    whole = None
+    if names == {'IN'} and None not in selected:
+        whole = _whole_tiling(num, channels, length, axis)
+    tiling = whole or _tiling(num, channels, length, axis)
     count = num * length
     splits = _power_of_2(tiling.splits)
     # Of x, or of the sums of its rows, at most 7 numbers per row and split.
@@ -310,7 +344,9 @@ def _plan(
     # With more of them at once ptxas keeps two numbers in memory on sm_80.
     members = min(_power_of_2(channels // max(groups, 1)), tile, _POOL_MEMBERS)
     samples = min(_power_of_2(num), _POOL_SAMPLES, tile)
-    short = axis == 1 and tiling.positions <= _SHORT
+    warps = _SHORT_WARPS if axis == 1 and tiling.positions <= _SHORT else _WARPS
+    if whole:
+        warps = max(_WARPS, min(tiling.rows * tiling.positions // 512, _WHOLE_WARPS))
     return _Plan(
         shape=(num, channels, length),
         normalizers=normalizers,
@@ -322,11 +358,12 @@ def _plan(
         partial=2 * tiling.splits * num * channels if statistics.rows and tiling.splits > 1 else 0,
         by_sample=not names.isdisjoint(('LN', 'GN')),
         ratios=int(None in selected),
-        spread=statistics.rows and axis == 1 and tiling.rows > 2,
+        spread=statistics.rows and axis == 1 and tiling.rows > 2 and not whole,
+        whole=whole is not None,
         merges=_merges(num, channels, axis, tiling, statistics),
         divisor=max(length - correction, 1),
         unbias=count / (count - 1) if correction == 0 and count > 1 else 1.0,
-        warps=_SHORT_WARPS if short else _WARPS,
+        warps=warps,
         tile=dict(
             ROWS=tiling.rows,
             POSITIONS=tiling.positions,
@@ -446,7 +483,7 @@ def _forward_pass(
     tracked = ('running_mean', 'running_var', 'momentum' if by_tensor else 'number')
     nothing = ('nothing', 'nothing', 'number')
     launches = []
-    if statistics.rows:
+    if statistics.rows and not plan.whole:
         limit = circumradius(size)
         launches.append(
             Launch(
@@ -463,9 +500,9 @@ def _forward_pass(
                 **plan.tile,
             )
         )
-    if not merges:
-        samples = plan.shape[0] if plan.by_sample else 0
-        blocks = _ceil(plan.shape[1], plan.pool['CHANNELS']) if statistics.batch else 0
+    samples = plan.shape[0] if plan.by_sample else 0
+    blocks = _ceil(plan.shape[1], plan.pool['CHANNELS']) if statistics.batch else 0
+    if samples + blocks and not merges:
         launches.append(
             Launch(
                 'ssn_fwd_pool_kernel',
@@ -494,6 +531,7 @@ def _forward_pass(
             BATCH=statistics.batch,
             CONSTANT=statistics.running,
             HAS_ROWS=statistics.rows,
+            WHOLE=plan.whole,
             MERGES=merges,
             TRACKS=here,
             MOMENTUM_TENSOR=by_tensor and here,
@@ -658,14 +696,16 @@ def _backward_pass(
     tiling, statistics, groups = plan.tiling, plan.statistics, plan.statistics.groups
     shares = shares and needs_dx and statistics.batch
     ratios = plan.ratios if needs_control else 0
-    merges = plan.merges and needs_dx and not shares
+    whole = plan.whole and needs_dx
+    merges = plan.merges and needs_dx and not shares and not whole
     partials = tiling.programs if ratios else 0
     sums = pooled = 0
     launches = []
-    if any(affine) or ratios or (needs_dx and statistics.rows):
+    if any(affine) or ratios or (needs_dx and statistics.rows and not whole):
         # Four numbers per row and split, three per row that are handed over, and every program's
         # part of the ratios' gradient.
         sums = (4 * tiling.splits + 3 * plan.spread) * num * channels + 8 * partials
+    if sums and not whole:
         launches.append(
             Launch(
                 'ssn_bwd_sums_kernel',
@@ -718,6 +758,7 @@ def _backward_pass(
                 K=len(plan.normalizers),
                 MAP=_RATIO_MAPS[ratio_map],
                 HAS_ROWS=statistics.rows,
+                WHOLE=whole,
                 RATIOS=ratios,
                 SPREAD=plan.spread,
                 MERGES=merges,
@@ -727,6 +768,8 @@ def _backward_pass(
                 **plan.tile,
             )
         )
+    if whole:  # what it makes per row is what the other one pools
+        launches.reverse()
     return _Backward(plan, tuple(launches), sums, pooled, shares)
 
 

@@ -305,13 +305,39 @@ def _input_gradient(
             tl.store(dx + at + offsets, gain * gradient, mask=inside)
 
 
+@triton.jit
+def _whole_rows(
+    dy, x, dx, sums, saved, weight, program, N, C, S, divisor, eps,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """A layer decided on IN, of rows that are one tile: dy and x are read once."""
+    row, _n, c, exists, _sample, origin, offset = row_block(program, N, C, S, ROWS, AXIS)
+    lanes, offsets = tile_offsets(offset, C, POSITIONS, AXIS)
+    inside = tl.expand_dims(exists, AXIS) & (lanes < S)
+    size = N * C
+    mean = tl.load(saved + 32 + row, mask=exists, other=0)
+    var = tl.load(saved + 32 + size + row, mask=exists, other=0)
+    inverse_std, gain = load_gain(var, weight, c, exists, eps)
+    gradient = tl.load(dy + origin + offsets, mask=inside, other=0).to(tl.float32)
+    value = tl.load(x + origin + offsets, mask=inside, other=0).to(tl.float32)
+    distance = value - tl.expand_dims(mean, AXIS)
+    total = tl.sum(gradient, AXIS)
+    product = tl.sum(gradient * distance, AXIS) * inverse_std
+    if sums is not None:
+        tl.store(sums + 2 * size + row, total, mask=exists)
+        tl.store(sums + 3 * size + row, product, mask=exists)
+    slope = tl.expand_dims(product * inverse_std / divisor, AXIS)
+    result = gradient - slope * distance - tl.expand_dims(total / S, AXIS)
+    tl.store(dx + origin + offsets, tl.expand_dims(gain, AXIS) * result, mask=inside)
+
+
 @triton.jit(do_not_specialize=SHAPES)
 def ssn_bwd_dx_kernel(
     dy, x, dx, sums, saved, pooled, weight, dweight, dbias, dmean_control, dvar_control,
     N, C, S, G, tiles, splits, divisor, count, eps,
     K: tl.constexpr, KINDS: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr,
     MAP: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BATCH: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
+    HAS_ROWS: tl.constexpr, WHOLE: tl.constexpr,
     RATIOS: tl.constexpr, SPREAD: tl.constexpr, MERGES: tl.constexpr,
     SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
     SHORT: tl.constexpr, WIDE: tl.constexpr,
@@ -321,8 +347,12 @@ def ssn_bwd_dx_kernel(
     N = widened(N, WIDE)
     C, S = align_shape(C, S, AXIS, ALIGN)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    # The ratios' program is started first: no launch of its own for eight numbers.
-    if RATIOS and program == tl.num_programs(0) - 1:
+    if WHOLE:
+        _whole_rows(
+            dy, x, dx, sums, saved, weight, program, N, C, S, divisor, eps, ROWS, POSITIONS, AXIS
+        )
+    elif RATIOS and program == tl.num_programs(0) - 1:
+        # It is started first: no launch of its own for eight numbers.
         if MERGES:
             found = sum_partials(behind_sums(sums, N * C, splits, SPREAD), 0, count)
         else:

@@ -32,6 +32,16 @@ from ssn_plugin.ops.switchable_norm.triton.kernels.tiles import (
 
 
 @triton.jit
+def _load_rows(x, there, S, AXIS: tl.constexpr):
+    """Rows that are one tile, their means and their sums of squared distances from those."""
+    value = tl.load(x, mask=there, other=0).to(tl.float32)
+    mean, m2 = merge_lanes(
+        value, tl.zeros_like(value), there.to(tl.float32), S.to(tl.float32), AXIS
+    )
+    return value, mean, m2
+
+
+@triton.jit
 def _row_moments(
     x, saved, partial, program, N, C, S, tiles, splits, divisor,
     SHORT: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, AXIS: tl.constexpr,
@@ -42,11 +52,7 @@ def _row_moments(
     lanes, offsets = tile_offsets(offset, C, POSITIONS, AXIS)
     there = tl.expand_dims(exists, AXIS)
     if SHORT:
-        inside = there & (lanes < S)
-        value = tl.load(x + origin + offsets, mask=inside, other=0).to(tl.float32)
-        mean, m2 = merge_lanes(
-            value, tl.zeros_like(value), inside.to(tl.float32), S.to(tl.float32), AXIS
-        )
+        _, mean, m2 = _load_rows(x + origin + offsets, there & (lanes < S), S, AXIS)
     else:
         # Welford per lane: neither a large mean nor an outlier costs digits.
         mean = zero_tile(ROWS, POSITIONS, AXIS)
@@ -237,12 +243,33 @@ def _row_affine(
     return centre, gain, shift
 
 
+@triton.jit
+def _whole_rows(
+    x, y, saved, weight, bias, program, N, C, S, divisor, eps,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    row, _n, c, exists, _sample, origin, offset = row_block(program, N, C, S, ROWS, AXIS)
+    lanes, offsets = tile_offsets(offset, C, POSITIONS, AXIS)
+    inside = tl.expand_dims(exists, AXIS) & (lanes < S)
+    value, mean, m2 = _load_rows(x + origin + offsets, inside, S, AXIS)
+    var = m2 / divisor
+    tl.store(saved + 32 + row, mean, mask=exists)
+    tl.store(saved + 32 + N * C + row, var, mask=exists)
+    _, gain = load_gain(var, weight, c, exists, eps)
+    result = (value - tl.expand_dims(mean, AXIS)) * tl.expand_dims(gain, AXIS)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=exists, other=0).to(tl.float32)
+        result += tl.expand_dims(shift, AXIS)
+    tl.store(y + origin + offsets, result, mask=inside)
+
+
 @triton.jit(do_not_specialize=SHAPES)
 def ssn_fwd_apply_kernel(
     x, y, saved, partial, scratch, weight, bias, running_mean, running_var, momentum,
     N, C, S, G, tiles, splits, divisor, eps, unbias,
     KINDS: tl.constexpr, MEAN: tl.constexpr, VAR: tl.constexpr,
     LN: tl.constexpr, BATCH: tl.constexpr, CONSTANT: tl.constexpr, HAS_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
     MERGES: tl.constexpr, TRACKS: tl.constexpr, MOMENTUM_TENSOR: tl.constexpr,
     SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
     SHORT: tl.constexpr, WIDE: tl.constexpr,
@@ -253,24 +280,31 @@ def ssn_fwd_apply_kernel(
     C, S = align_shape(C, S, AXIS, ALIGN)
     # From the end: what the moments pass read last is the likeliest to be in the cache still.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    split = program % splits
-    row, n, c, exists, sample, origin, offset = row_block(program // splits, N, C, S, ROWS, AXIS)
-    centre, gain, shift = _row_affine(
-        saved, partial, weight, bias, running_mean, running_var, momentum,
-        row, n, c, exists, sample, split, N, C, S, G, tiles.to(N.dtype) * POSITIONS, splits,
-        divisor, eps, unbias, KINDS, MEAN, VAR, LN, BATCH, CONSTANT, HAS_ROWS,
-        MERGES, TRACKS, MOMENTUM_TENSOR, SPLITS, SAMPLES, CHANNELS, ROWS,
-    )  # fmt: skip
-    if scratch is not None:
-        centre, gain, shift = hand_over(scratch, centre, gain, shift, row, exists, N * C)
-    first, last = position_range(split, N, S, tiles, SHORT, POSITIONS)
-    lanes, offsets = tile_offsets(offset, C, POSITIONS, AXIS)
-    there = tl.expand_dims(exists, AXIS)
-    centre = tl.expand_dims(centre, AXIS)
-    gain = tl.expand_dims(gain, AXIS)
-    shift = tl.expand_dims(shift, AXIS)
-    for position in range(first, last, POSITIONS):
-        inside = there & (lanes < S - position)
-        at = tile_start(origin, position, C, AXIS)
-        value = tl.load(x + at + offsets, mask=inside, other=0).to(tl.float32)
-        tl.store(y + at + offsets, (value - centre) * gain + shift, mask=inside)
+    if WHOLE:
+        _whole_rows(
+            x, y, saved, weight, bias, program, N, C, S, divisor, eps, ROWS, POSITIONS, AXIS
+        )
+    else:
+        split = program % splits
+        row, n, c, exists, sample, origin, offset = row_block(
+            program // splits, N, C, S, ROWS, AXIS
+        )
+        centre, gain, shift = _row_affine(
+            saved, partial, weight, bias, running_mean, running_var, momentum,
+            row, n, c, exists, sample, split, N, C, S, G, tiles.to(N.dtype) * POSITIONS, splits,
+            divisor, eps, unbias, KINDS, MEAN, VAR, LN, BATCH, CONSTANT, HAS_ROWS,
+            MERGES, TRACKS, MOMENTUM_TENSOR, SPLITS, SAMPLES, CHANNELS, ROWS,
+        )  # fmt: skip
+        if scratch is not None:
+            centre, gain, shift = hand_over(scratch, centre, gain, shift, row, exists, N * C)
+        first, last = position_range(split, N, S, tiles, SHORT, POSITIONS)
+        lanes, offsets = tile_offsets(offset, C, POSITIONS, AXIS)
+        there = tl.expand_dims(exists, AXIS)
+        centre = tl.expand_dims(centre, AXIS)
+        gain = tl.expand_dims(gain, AXIS)
+        shift = tl.expand_dims(shift, AXIS)
+        for position in range(first, last, POSITIONS):
+            inside = there & (lanes < S - position)
+            at = tile_start(origin, position, C, AXIS)
+            value = tl.load(x + at + offsets, mask=inside, other=0).to(tl.float32)
+            tl.store(y + at + offsets, (value - centre) * gain + shift, mask=inside)
