@@ -50,7 +50,8 @@ def in_names_of(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Rena
 
     Args:
         own: The model's state dict.
-        loaded: The file's, which may be that of a larger model with this one under a prefix.
+        loaded: The file's, which may be that of a larger model with this one under a prefix, or of
+            a part of the model, which it may have several times.
 
     Example:
         >>> import torch
@@ -59,6 +60,7 @@ def in_names_of(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Rena
         >>> dict(in_names_of({'sn1.weight': torch.ones(8)}, file).state)
         {'sn1.weight': tensor([1., 1., 1., 1., 1., 1., 1., 1.])}
     """
+    loaded = _for_parts(own, loaded)
     prefix = _prefix(own, loaded)
     inside = {key.removeprefix(prefix): key for key in loaded if key.startswith(prefix)}
     theirs = places_of({key: loaded[called] for key, called in inside.items()})
@@ -84,6 +86,19 @@ def is_repeated(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> bool
     """Whether a file holds several parts of a model's names, as a network holds its blocks."""
     counts = _prefixes(own, loaded)
     return list(counts.values()).count(max(counts.values())) > 1
+
+
+def _for_parts(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file of a part of the model with every prefix under which the model has that part."""
+    counts = _prefixes(loaded, own)
+    most = max(counts.values())
+    if most <= max(_prefixes(own, loaded).values()):
+        return loaded
+    parts = [prefix for prefix, count in counts.items() if count == most]
+    expanded = OrderedDict((part + key, value) for part in parts for key, value in loaded.items())
+    known = getattr(loaded, '_metadata', {})
+    expanded._metadata = {part + place: known[place] for part in parts for place in known}
+    return expanded
 
 
 def _prefix(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> str:

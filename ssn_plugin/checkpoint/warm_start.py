@@ -147,7 +147,8 @@ def fit(
 
     An SSN of whatever candidates with BN among them starts from a BatchNorm; a BatchNorm that the
     module kept stays one. An SSN whose control parameters require no gradient would never choose,
-    so it is decided for BN, exactly the BatchNorm that it was.
+    so it is decided for BN, exactly the BatchNorm that it was. Averages and teachers require none
+    either, but follow what is trained.
 
     Args:
         module: A backbone, a neck, a head or a whole model.
@@ -159,7 +160,8 @@ def fit(
         CheckpointError: If shapes agree and the networks do not.
     """
     module.train(module.training)  # where the frameworks freeze stages
-    layers = dict(module.named_modules())
+    layers = dict(module.named_modules(remove_duplicate=False))
+    following = _following(layers)
     own = module.state_dict()
     renamed = in_names_of(own, state)
     check_shortcuts(own, state, renamed.prefix, path)
@@ -169,7 +171,7 @@ def fit(
         layer = layers.get(place)
         if bn_ratio is not None and 'mean_fixed' in entries:
             if isinstance(layer, SSN) and 'BN' in layer.normalizers:
-                frozen = not layer.mean_weight.requires_grad
+                frozen = not (layer.mean_weight.requires_grad or place.startswith(following))
                 entries |= control_of_bn(
                     layer.normalizers, bn_ratio, frozen or bool(entries['mean_fixed'])
                 )
@@ -189,6 +191,13 @@ def fit(
         pairs = [f'{file} is {model}' for file, model in renamed.by_order]
         lines.append(f'found by their order: {shown(pairs)}')
     return Fitted(fitted, (*outside, *strange), tuple(lines))
+
+
+def _following(layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Where the averages of torch and mmengine lie in a model, and the teacher beside a student."""
+    averages = (n for n, part in layers.items() if callable(getattr(part, 'update_parameters', 0)))
+    teacher = ('teacher.',) if {'teacher', 'student'} <= layers.keys() else ()
+    return (*(f'{name}.' for name in averages), *teacher)
 
 
 def warm_start(
@@ -211,7 +220,8 @@ def warm_start(
     own = module.state_dict()
     fitted, left_out, lines = fit(module, state, path, bn_ratio)
     missing, unexpected, misshapen = key_differences(own, fitted)
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, SSN)]
+    named = module.named_modules(remove_duplicate=False)
+    layers = [name for name, layer in named if isinstance(layer, SSN)]
     lacking = {key.rpartition('.')[0] for key in (*missing, *misshapen)}
     filled = [name for name in layers if name not in lacking]
     wrong = [text for key, text in misshapen.items() if key.rpartition('.')[0] in layers]

@@ -16,6 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from plain_resnet import relative_error
 from released_files import save
+from tool_runs import run_here
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,6 +25,17 @@ from ssn_plugin.errors import CheckpointError
 from ssn_plugin.layers.convert import control_of_bn
 
 NORMS = {'BN', 'SyncBN', 'BN1d'}
+BN = dict(type='BN')
+HRNET = dict(
+    stage1=dict(num_modules=1, num_branches=1, block='BOTTLENECK', num_blocks=(1,),
+                num_channels=(8,)),
+    stage2=dict(num_modules=1, num_branches=2, block='BASIC', num_blocks=(1, 1),
+                num_channels=(4, 8)),
+    stage3=dict(num_modules=1, num_branches=3, block='BASIC', num_blocks=(1, 1, 1),
+                num_channels=(4, 8, 16)),
+    stage4=dict(num_modules=1, num_branches=4, block='BASIC', num_blocks=(1, 1, 1, 1),
+                num_channels=(4, 8, 16, 32)),
+)  # fmt: skip
 
 BACKBONES = {
     'mmdet': {
@@ -36,18 +48,7 @@ BACKBONES = {
             depth=50, base_channels=8, num_branch=3, test_branch_idx=1, strides=(1, 2, 2),
             dilations=(1, 1, 1), trident_dilations=(1, 2, 3), num_stages=3, out_indices=(2,),
         ),
-        'HRNet': dict(
-            extra=dict(
-                stage1=dict(num_modules=1, num_branches=1, block='BOTTLENECK', num_blocks=(1,),
-                            num_channels=(8,)),
-                stage2=dict(num_modules=1, num_branches=2, block='BASIC', num_blocks=(1, 1),
-                            num_channels=(4, 8)),
-                stage3=dict(num_modules=1, num_branches=3, block='BASIC', num_blocks=(1, 1, 1),
-                            num_channels=(4, 8, 16)),
-                stage4=dict(num_modules=1, num_branches=4, block='BASIC', num_blocks=(1, 1, 1, 1),
-                            num_channels=(4, 8, 16, 32)),
-            )
-        ),
+        'HRNet': dict(extra=HRNET),
         'Darknet': dict(depth=53),
         'CSPDarknet': dict(deepen_factor=0.33, widen_factor=0.125),
         'CSPNeXt': dict(deepen_factor=0.167, widen_factor=0.125),
@@ -87,14 +88,14 @@ FILLED_TWICE = ('RepVGG', 'CSPDarkNet')
 CASES = [(host, kind) for host, kinds in BACKBONES.items() for kind in kinds]
 
 
-def with_norm(node, norm):
+def with_norm(node, norm, kinds=NORMS):
     """A config in which every BatchNorm is another norm."""
     if isinstance(node, dict):
-        if node.get('type') in NORMS:
-            return type(node)(dict(type=norm, requires_grad=node.get('requires_grad', True)))
-        return type(node)((key, with_norm(value, norm)) for key, value in node.items())
+        if node.get('type') in kinds:
+            return type(node)({**node, 'type': norm})
+        return type(node)((key, with_norm(value, norm, kinds)) for key, value in node.items())
     if isinstance(node, list | tuple):
-        return type(node)(with_norm(value, norm) for value in node)
+        return type(node)(with_norm(value, norm, kinds) for value in node)
     return node
 
 
@@ -172,12 +173,12 @@ def assert_same_outputs(found, expected):
 
 
 @pytest.fixture
-def log():
+def log(request):
     """What is logged, by level."""
     lines = defaultdict(list)
     handler = logging.Handler()
     handler.emit = lambda record: lines[record.levelname].append(record.getMessage())
-    logger = MMLogger.get_instance('warm start')
+    logger = MMLogger.get_instance(request.node.name)  # a new one is the current one
     logger.addHandler(handler)
     assert MMLogger.get_current_instance() is logger
     yield lines
@@ -328,6 +329,53 @@ WHOLE = {
             'auxiliary_head': dict(in_channels=16, channels=16),
         },
     },
+    'mmpretrain': {
+        '_base_/models/resnet34_gem.py': {
+            'backbone': dict(base_channels=8, norm_cfg=BN),
+            'head': dict(in_channels=64, num_classes=10),
+        },
+        '_base_/models/seresnet50.py': {
+            'backbone': dict(base_channels=8, norm_cfg=BN),
+            'head': dict(in_channels=256, num_classes=10),
+        },
+        '_base_/models/mobilenet_v3/mobilenet_v3_small_cifar.py': {
+            'backbone': dict(arch='small_075', norm_cfg=BN),
+            'head': dict(in_channels=432, mid_channels=[16], norm_cfg=dict(type='BN1d')),
+        },
+        '_base_/models/efficientnet_b0.py': {'backbone': dict(norm_cfg=BN)},
+        '_base_/models/regnet/regnetx_400mf.py': {'backbone': dict(norm_cfg=BN)},
+        '_base_/models/convmixer/convmixer-768-32.py': {
+            'backbone': dict(arch=dict(embed_dims=16, depth=8, patch_size=7, kernel_size=7),
+                             norm_cfg=BN),
+            'head': dict(in_channels=16, num_classes=10),
+        },
+        '_base_/models/vgg11bn.py': {
+            'backbone': dict(num_classes=-1),
+            'neck': [
+                dict(type='GlobalAveragePooling'),
+                dict(type='LinearNeck', in_channels=512, out_channels=64, gap_dim=0,
+                     norm_cfg=dict(type='BN1d')),
+            ],
+            'head': dict(type='LinearClsHead', in_channels=64, num_classes=10),
+        },
+        '_base_/models/shufflenet_v1_1x.py': {'backbone': dict(norm_cfg=BN)},
+        '_base_/models/shufflenet_v2_1x.py': {'backbone': dict(norm_cfg=BN)},
+        '_base_/models/hrnet/hrnet-w18.py': {
+            'backbone': dict(arch=None, extra=HRNET, norm_cfg=BN),
+            'neck': [
+                dict(type='HRFuseScales', in_channels=(4, 8, 16, 32), norm_cfg=BN),
+                dict(type='GlobalAveragePooling'),
+            ],
+        },
+        'byol/byol_resnet50_16xb256-coslr-200e_in1k.py': {
+            'backbone': dict(depth=18, base_channels=8),
+            'neck': dict(in_channels=64, hid_channels=32, out_channels=16,
+                         norm_cfg=dict(type='BN1d')),
+            'head': dict(predictor=dict(type='NonLinearNeck', in_channels=16, hid_channels=32,
+                                        out_channels=16, with_avg_pool=False,
+                                        norm_cfg=dict(type='BN1d'))),
+        },
+    },
 }  # fmt: skip
 WHOLE_CASES = [(host, config) for host, configs in WHOLE.items() for config in configs]
 
@@ -338,7 +386,7 @@ def whole_config(host, name):
     path = os.path.join(os.path.dirname(package.__file__), '.mim', 'configs', name)
     model = Config.fromfile(path).model
     for part, changes in WHOLE[host][name].items():
-        model[part].update(changes)
+        model[part] = model[part] | changes if isinstance(changes, dict) else changes
     model.pop('pretrained', None)
     for part in model.values():
         if isinstance(part, dict):
@@ -361,16 +409,26 @@ def loaded_by_runner(host, config, path, tmp_path, hook=True):
 
 def outputs_of(model, x):
     features = model.extract_feat(x)
+    if hasattr(model, 'target_net'):  # BYOL
+        projected = model.neck(features)
+        return features, projected, model.head.predictor(projected), model.target_net.module(x)
     return features, model.bbox_head(features) if hasattr(model, 'bbox_head') else model(x)
 
 
 @pytest.mark.parametrize(('host', 'name'), WHOLE_CASES)
 def test_whole_models(host, name, tmp_path):
     config = whole_config(host, name)
-    network = as_trained(build(host, with_norm(config, 'BN')))
+    network = as_trained(build(host, with_norm(config, 'BN', {'SyncBN'})))
     path = save({'state_dict': network.state_dict()}, tmp_path / 'bn.pth')
-    model = loaded_by_runner(host, with_norm(config, 'SSN'), path, tmp_path)
-    assert assert_taken_over(network, model) > 15
+    config = with_norm(config, 'SSN')
+    model = loaded_by_runner(host, config, path, tmp_path)
+    assert assert_taken_over(network, model) > 8
+    converted = str(tmp_path / 'ssn.pth')
+    assert run_here('warm_start.py', path, converted)[0] == 0
+    for checkpoint in (f'bn2ssn://{path}', converted):
+        same = build(host, config | dict(init_cfg=dict(type='Pretrained', checkpoint=checkpoint)))
+        same.init_weights()
+        assert_taken_over(network, same)
     x = torch.randn(2, 3, 128, 128)
     with torch.no_grad():
         assert_same_outputs(outputs_of(made_exact(model), x), outputs_of(network, x))
@@ -412,3 +470,55 @@ def test_a_part_of_a_whole_model(prefix, tmp_path):
     neck = build('mmdet', with_norm(config.neck, 'SSN') | dict(init_cfg=init_cfg))
     neck.init_weights()
     assert assert_taken_over(network.neck, neck) == 8
+
+
+def test_teacher_and_student_start_from_one_detector(tmp_path):
+    """The file has no such names, and a teacher is frozen because it follows, not to stay."""
+    config = whole_config('mmdet', next(iter(WHOLE['mmdet'])))
+    network = as_trained(build('mmdet', config))
+    path = save({'state_dict': network.state_dict()}, tmp_path / 'bn.pth')
+    pair = dict(
+        type='SemiBaseDetector', detector=with_norm(config, 'SSN'),
+        semi_train_cfg=dict(freeze_teacher=True), semi_test_cfg=dict(predict_on='teacher'),
+    )  # fmt: skip
+    model = loaded_by_runner('mmdet', pair, path, tmp_path)
+    assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+    assert assert_taken_over(network, model.student) == 30
+    assert assert_taken_over(network, model.teacher) == 30
+
+
+def test_a_backbone_alone_in_load_from(tmp_path):
+    config = whole_config('mmdet', next(iter(WHOLE['mmdet'])))
+    network = as_trained(build('mmdet', config.backbone))
+    path = save(network.state_dict(), tmp_path / 'bn.pth')
+    model = loaded_by_runner('mmdet', with_norm(config, 'SSN'), path, tmp_path)
+    assert assert_taken_over(network, model.backbone) == 20
+    (log,) = tmp_path.rglob('*.log')
+    assert '20 of 30 SSN layers start from its norms' in log.read_text()
+
+
+class SharesANorm(BaseModule):
+    """One norm, and one convolution, under two names each."""
+
+    def __init__(self, norm_cfg, init_cfg=None):
+        super().__init__(init_cfg)
+        self.first = ConvModule(3, 8, 3, norm_cfg=norm_cfg)
+        self.second = ConvModule(8, 8, 3, norm_cfg=norm_cfg)
+        self.third = self.second
+        setattr(self.second, self.second.norm_name, self.first.norm)
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+def test_a_norm_under_several_names(tmp_path, log):
+    network = as_trained(SharesANorm(BN))
+    path = save(network.state_dict(), tmp_path / 'bn.pth')
+    checkpoint = dict(type='Pretrained', checkpoint=f'bn2ssn://{path}')
+    model = SharesANorm(dict(type='SSN', normalizers=('BN', 'LN')), checkpoint)
+    model.init_weights()
+    assert log['WARNING'] == []
+    assert not any('left out' in line for line in log['INFO'])
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert_same_outputs(made_exact(model)(x), network(x))
