@@ -50,9 +50,11 @@ def convert_batch_norm(
     be (N, C), where IN would take its variance over one number. A BatchNorm whose weight requires
     no gradient is frozen: its ratios would never move, so it becomes an SSN decided for BN.
 
-    Hooks of the replaced layers are lost. A subclass with a forward pass of its own is left as it
-    is, with a warning that names it; but one that goes on with ``drop`` and ``act``, as timm's
-    BatchNormAct2d does, becomes a sequence of SSN and these two.
+    Hooks on the forward and the backward pass stay. A subclass with a forward pass of its own is
+    left as it is, and so is a layer whose weight is computed (parametrized, pruned), with a warning
+    that names them; but one that goes on with ``drop`` and ``act``, as timm's BatchNormAct2d does,
+    becomes a sequence of SSN and these two. Norms that hold constants in place of parameters, as
+    torchvision's FrozenBatchNorm2d does, stay.
 
     Args:
         model: Any module; changed in place.
@@ -80,8 +82,8 @@ def convert_batch_norm(
     if foreign:
         kinds = ', '.join(sorted({type(layers[name]).__name__ for name in foreign}))
         warnings.warn(
-            f'convert_batch_norm: left {len(foreign)} layers as they are, whose class has a '
-            f'forward pass of its own ({kinds}): {", ".join(foreign)}',
+            f'convert_batch_norm: left {len(foreign)} layers as they are, which have a forward '
+            f'pass of their own or a computed weight ({kinds}): {", ".join(foreign)}',
             stacklevel=2,
         )
     made = {
@@ -90,7 +92,9 @@ def convert_batch_norm(
         if name not in foreign
     }
     if not made:
-        raise ValueError('model: got no BatchNorm to convert, expected at least one')
+        held = sorted({type(m).__name__ for m in model.modules() if hasattr(m, 'running_mean')})
+        others = f' (it has {", ".join(held)})' if held else ''
+        raise ValueError(f'model: got no BatchNorm to convert{others}, expected at least one')
     return replace_layers(model, made)
 
 
@@ -131,7 +135,8 @@ def control_of(mean: Tensor, var: Tensor, decided: bool = False) -> dict[str, Te
 
 def _is_plain(layer: _BatchNorm) -> bool:
     known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
-    return type(layer).forward in known or {'drop', 'act'} <= layer._modules.keys()
+    ordinary = type(layer).forward in known or {'drop', 'act'} <= layer._modules.keys()
+    return ordinary and 'weight' in layer._parameters  # else a parametrization or pruning has it
 
 
 def _as_ssn(
@@ -169,7 +174,13 @@ def _as_ssn(
         if value is not None:
             setattr(made, key, value)
     made.train(layer.training)
-    return nn.Sequential(made, layer.drop, layer.act) if 'act' in layer._modules else made
+    if 'act' in layer._modules:
+        made = nn.Sequential(made, layer.drop, layer.act)
+        made.training = layer.training
+    for name, value in vars(layer).items():
+        if name.startswith(('_forward_', '_backward_', '_is_full_backward_')):  # hooks
+            setattr(made, name, value)
+    return made
 
 
 def replace_layers(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from ssn_plugin import SSN, SSN1d, SSN2d, SSN3d, SyncSSN, convert_batch_norm, set_radius
 from ssn_plugin.layers.plain_norms import BatchNorm
@@ -170,6 +171,72 @@ def test_layers_with_a_forward_pass_of_their_own():
         convert_batch_norm(model, 1)
     assert [type(m) for m in model] == [nn.Sequential, InHalf, SSN2d]
     assert torch.equal(model(x), expected)
+    assert not any(module.training for module in model.modules())
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize(
+    'compute',
+    [
+        lambda norm: parametrize.register_parametrization(norm, 'weight', Doubled()),
+        lambda norm: prune.l1_unstructured(norm, 'weight', 0.5),
+    ],
+    ids=['parametrized', 'pruned'],
+)
+def test_a_layer_whose_weight_is_computed_stays(compute):
+    model = network().eval()
+    compute(model[1])
+    x = torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r'left 1 layers.*: 1$'):
+        convert_batch_norm(model, 1)
+    assert not isinstance(model[1], SSN)
+    assert isinstance(model[6], SSN)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize('layer', [nn.BatchNorm2d(8), WithActivation(8)])
+def test_hooks_stay(layer):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), layer)
+    seen = []
+    layer.register_forward_pre_hook(lambda module, x: seen.append('before'))
+    after = layer.register_forward_hook(
+        lambda module, x, kwargs, y: seen.append(module), with_kwargs=True
+    )
+    layer.register_full_backward_hook(lambda module, dx, dy: seen.append('backward'))
+    convert_batch_norm(model)
+    model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+    assert seen == ['before', model[1], 'backward']
+    after.remove()
+    seen.clear()
+    model(torch.randn(2, 3, 9, 9))
+    assert seen == ['before']
+
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, lambda m: torch.compile(m, backend='eager')])
+def test_inside_a_wrapper(wrap):
+    """Whose parts are replaced where they are, after a pass too."""
+    model, x = network().eval(), torch.randn(2, 3, 20, 24)
+    expected = model(x)
+    wrapped = wrap(model)
+    wrapped(x)
+    assert convert_batch_norm(wrapped, 1) is wrapped
+    assert isinstance(model[1], SSN2d)
+    torch.testing.assert_close(wrapped(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+class Frozen(nn.Module):
+    """As torchvision's FrozenBatchNorm2d: constants, no parameters."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name in ('weight', 'bias', 'running_mean', 'running_var'):
+            self.register_buffer(name, torch.ones(channels))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +244,8 @@ def test_layers_with_a_forward_pass_of_their_own():
     [
         (nn.BatchNorm2d(8), dict(bn_ratio=1.5), 'bn_ratio: got 1.5'),
         (nn.BatchNorm2d(8), dict(normalizers=('IN', 'LN')), "expected 'BN' among them"),
-        (nn.Conv2d(1, 1, 1), {}, 'got no BatchNorm'),
+        (nn.Conv2d(1, 1, 1), {}, 'got no BatchNorm to convert, expected'),
+        (nn.Sequential(Frozen(8)), {}, r'got no BatchNorm to convert \(it has Frozen\)'),
         (nn.Sequential(nn.BatchNorm2d(8), nn.LazyBatchNorm2d()), {}, 'the lazy 1'),
     ],
 )
