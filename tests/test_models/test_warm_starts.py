@@ -215,15 +215,19 @@ def test_backbones(host, kind, tmp_path, log):
         assert_same_outputs(made_exact(model)(x), network(x))
 
 
-@pytest.mark.parametrize('kind', ['ResNet', 'CSPDarknet', 'MobileNetV2'])
-def test_frozen_stages_are_exactly_batch_norm(kind, tmp_path, log):
+@pytest.mark.parametrize(
+    ('kind', 'count'),
+    [('ResNet', 0), ('ResNet', 1), ('ResNet', 4), ('RegNet', 1), ('CSPDarknet', 1), ('CSPNeXt', 4),
+     ('MobileNetV2', 1)],
+)  # fmt: skip
+def test_frozen_stages_are_exactly_batch_norm(kind, count, tmp_path, log):
     """From a whole model's file, where stages freeze when built and where in train()."""
-    network, model = networks('mmdet', kind, tmp_path / 'bn.pth', 'backbone.', frozen_stages=1)
-    stages = build('mmdet', dict(type=kind, **BACKBONES['mmdet'][kind], frozen_stages=1))
+    network, model = networks('mmdet', kind, tmp_path / 'bn.pth', 'backbone.', frozen_stages=count)
+    stages = build('mmdet', dict(type=kind, **BACKBONES['mmdet'][kind], frozen_stages=count))
     stages.train()
     norms = [module for module in stages.modules() if isinstance(module, _BatchNorm)]
     frozen = sum(not norm.weight.requires_grad for norm in norms)
-    assert 0 < frozen < len(norms)
+    assert 0 < frozen <= len(norms)
     model.init_weights()
     decided = [m for m in model.modules() if isinstance(m, SSN) and m.mean_fixed == 1]
     assert len(decided) == frozen
@@ -450,6 +454,23 @@ def test_a_whole_model_with_other_classes_and_its_backbone_alone_with_ssn(tmp_pa
     text = log.read_text()
     assert '20 of 20 SSN layers start from its norms at an importance ratio of 0.9' in text
     assert 'start anew, not in load_from: bbox_head.retina_cls.weight' in text
+
+
+@pytest.mark.parametrize('norm_eval', [True, False])
+def test_frozen_stages_in_a_whole_model(norm_eval, tmp_path):
+    config = whole_config('mmdet', next(iter(WHOLE['mmdet'])))
+    network = as_trained(build('mmdet', config))
+    path = save({'state_dict': network.state_dict()}, tmp_path / 'bn.pth')
+    config = with_norm(config, 'SSN')
+    config.backbone.update(frozen_stages=1, norm_eval=norm_eval)
+    model = loaded_by_runner('mmdet', config, path, tmp_path).train()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, SSN)}
+    frozen = [name for name in layers if name.startswith(('backbone.sn1', 'backbone.layer1.'))]
+    assert [name for name, m in layers.items() if m.selected == ('BN', 'BN')] == frozen
+    assert not any(layers[name].training for name in frozen)
+    assert layers['backbone.layer2.0.sn1'].training is not norm_eval
+    (log,) = tmp_path.rglob('*.log')
+    assert 'frozen, so decided for BN, exactly BatchNorm: backbone (5) layers' in log.read_text()
 
 
 def test_a_whole_model_whose_norms_do_not_fit(tmp_path):
