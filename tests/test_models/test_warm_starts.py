@@ -462,7 +462,9 @@ def test_frozen_stages_in_a_whole_model(norm_eval, tmp_path):
     network = as_trained(build('mmdet', config))
     path = save({'state_dict': network.state_dict()}, tmp_path / 'bn.pth')
     config = with_norm(config, 'SSN')
-    config.backbone.update(frozen_stages=1, norm_eval=norm_eval)
+    config.backbone.update(
+        type='SSNResNet', stem_padding=1, frozen_stages=1, norm_eval=norm_eval, init_cfg=None
+    )
     model = loaded_by_runner('mmdet', config, path, tmp_path).train()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SSN)}
     frozen = [name for name in layers if name.startswith(('backbone.sn1', 'backbone.layer1.'))]
