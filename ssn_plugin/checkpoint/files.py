@@ -79,7 +79,9 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     entry = weights_entry(checkpoint)
     state = checkpoint if entry is None else checkpoint[entry]
     if not _is_state(state):
-        raise CheckpointError(f'{path}: holds no state dict of weights')
+        several = [name for name, value in checkpoint.items() if _is_state(value)]
+        held = f'several state dicts, {", ".join(several)}: save the one to take by itself'
+        raise CheckpointError(f'{path}: holds {held if several else "no state dict of weights"}')
     for key, value in state.items():
         if value.is_meta:
             raise CheckpointError(f'{path}: {key} has no values: it was saved from the meta device')

@@ -61,7 +61,16 @@ def in_names_of(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Rena
         {'sn1.weight': tensor([1., 1., 1., 1., 1., 1., 1., 1.])}
     """
     loaded = _for_parts(own, loaded)
-    prefix = _prefix(own, loaded)
+    renamed = _in_names_of(own, loaded, _prefix(own, loaded))
+    # Where no name is alike, none tells the prefix; the order may.
+    if not renamed.prefix and len(renamed.by_order) == len(places_of(own)):
+        around = {file.partition('.')[0] for file, _ in renamed.by_order}
+        if len(around) == 1 and not around & {key.partition('.')[0] for key in own}:
+            return _in_names_of(own, loaded, f'{around.pop()}.')
+    return renamed
+
+
+def _in_names_of(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], prefix: str) -> Renamed:
     inside = {key.removeprefix(prefix): key for key in loaded if key.startswith(prefix)}
     theirs = places_of({key: loaded[called] for key, called in inside.items()})
     ours = places_of(own)

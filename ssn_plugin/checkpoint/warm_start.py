@@ -254,4 +254,4 @@ def _below_any(places: set[str], state: Mapping[str, Tensor]) -> list[str]:
 def by_part(keys: Iterable[str]) -> str:
     """How many keys there are below each first name, as 'backbone (5), neck (2)'."""
     counts = Counter(key.split('.')[0] for key in keys)
-    return ', '.join(f'{part} ({count})' for part, count in counts.items())
+    return shown([f'{part} ({count})' for part, count in counts.items()], limit=8)

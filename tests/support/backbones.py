@@ -1,5 +1,6 @@
 """Narrow ResNets of the frameworks, and files in which others keep the same networks."""
 
+import re
 from collections import OrderedDict
 
 import pytest
@@ -62,6 +63,17 @@ def as_timm(state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
             key = key.replace('stem.', 'conv1.')
         renamed[key] = value
     return renamed | {'fc.weight': torch.rand(10, 7), 'fc.bias': torch.rand(10)}
+
+
+def as_conv_modules(state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Mmaction2's ResNet is made of ConvModules, in a recognizer."""
+    renamed = OrderedDict()
+    for key, value in state.items():
+        key = re.sub(r'^(layer\d\.\d+\.)?conv(\d)\.', r'\1conv\2.conv.', key)
+        key = re.sub(r'^(layer\d\.\d+\.)?bn(\d)\.', r'\1conv\2.bn.', key)
+        key = key.replace('downsample.0.', 'downsample.conv.')
+        renamed['backbone.' + key.replace('downsample.1.', 'downsample.bn.')] = value
+    return renamed | {'cls_head.fc_cls.weight': torch.rand(10, 7)}
 
 
 def as_mmpretrain(state: dict[str, Tensor]) -> OrderedDict[str, Tensor]:

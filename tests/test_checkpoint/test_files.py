@@ -157,13 +157,18 @@ def test_the_release_names_its_model_by_a_string():
         {'state_dict': {}},
         {'state_dict': {'a': np.ones(2)}},
         {'state_dict': {1: torch.ones(2)}},
-        {'student': {'a': torch.ones(2)}, 'teacher': {'a': torch.ones(2)}},
     ],
 )
 def test_no_weights(checkpoint):
     assert (
         message_of(weights_in, checkpoint, 'net.pth') == 'net.pth: holds no state dict of weights'
     )
+
+
+def test_weights_of_several_networks():
+    checkpoint = {'student': STATE, 'teacher': STATE, 'epoch': 3}
+    said = message_of(weights_in, checkpoint, 'net.pth')
+    assert said.startswith('net.pth: holds several state dicts, student, teacher: save')
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import (
+    as_conv_modules,
     as_detector,
     as_mmpretrain,
     as_segmentor,
@@ -35,6 +36,8 @@ LAYOUTS = {
     'timm c': ('mmseg', as_timm, dict(depth=50, **DEEP)),
     'timm d': ('mmdet', as_timm, dict(depth=50, **DEEP, **POOLED)),
     'timm 18 d': ('mmseg', as_timm, dict(depth=18, **DEEP, **POOLED)),
+    'mmaction2': ('mmdet', as_conv_modules, dict(depth=50)),
+    'mmaction2 18': ('mmseg', as_conv_modules, dict(depth=18)),
     'mmpretrain': ('mmdet', as_mmpretrain, dict(depth=18)),
     'mmpretrain V1c': ('mmseg', as_mmpretrain, dict(depth=50, **DEEP)),
     'mmpretrain V1d': ('mmdet', as_mmpretrain, dict(depth=50, **DEEP, **POOLED)),
