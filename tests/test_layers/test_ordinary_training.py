@@ -111,10 +111,10 @@ def test_idle_layers_cost_nobody_a_step():
     optimizer = torch.optim.SGD([parameter], 0.1)
 
     def seconds() -> float:
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(200):
             optimizer.step()
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     seconds()
     before = min(seconds() for _ in range(5))
