@@ -23,13 +23,24 @@ ALONE = """
 import sys
 sys.modules['ssn_plugin'] = None
 import cv2, numpy, torch
-from mmseg.apis import inference_model, init_model
-model = init_model('out.py', 'out.pth', device='cpu')
-result = inference_model(model, cv2.imread('a.png'))
-numpy.savez('found.npz', logits=result.seg_logits.data, norms=sorted(
-    {type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__}))
+{predict}
+numpy.savez('found.npz', *outputs, norms=sorted(
+    {{type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__}}))
 assert not [name for name in sys.modules if name.startswith('ssn_plugin.')]
 """
+PREDICT = {
+    'mmseg': """
+from mmseg.apis import inference_model, init_model
+model = init_model(CONFIG, CHECKPOINT, device='cpu')
+outputs = [inference_model(model, cv2.imread(IMAGE)).seg_logits.data]
+""",
+    'mmdet': """
+from mmdet.apis import inference_detector, init_detector
+model = init_detector(CONFIG, CHECKPOINT, device='cpu')
+found = inference_detector(model, cv2.imread(IMAGE)).pred_instances
+outputs = [found.bboxes, found.scores, found.labels, found.masks]
+""",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +49,7 @@ def _scope(monkeypatch):
 
 
 def settings() -> Config:
-    config = small_segmentor()
+    config = small_segmentor(normalizers=('IN', 'LN', 'GN', 'BN'))
     config.model.backbone.stem_padding = 1
     return config
 
@@ -61,15 +72,14 @@ def collapse(folder: Path, config: Config, model: nn.Module, **kwargs):
     return collapse_checkpoint(*paths, images=[str(folder / 'a.png')], plain=True, **kwargs)
 
 
-BN, LN, GN = ('BN', 'BN'), ('LN', 'LN'), ('GN', 'GN')
+BN, LN, GN, IN = ('BN', 'BN'), ('LN', 'LN'), ('GN', 'GN'), ('IN', 'IN')
 
 
 @pytest.mark.parametrize(
     ('head', 'norm_cfg', 'norms'),
     [
-        (BN, dict(type='BN'), ['BatchNorm2d']),
         (LN, dict(type='GN', num_groups=1), ['BatchNorm2d', 'GroupNorm']),
-        (GN, dict(type='GN', num_groups=8), ['BatchNorm2d', 'GroupNorm']),
+        (IN, dict(type='IN', affine=True), ['BatchNorm2d', 'InstanceNorm2d']),
     ],
 )
 def test_the_framework_alone(head, norm_cfg, norms, tmp_path):
@@ -85,14 +95,40 @@ def test_the_framework_alone(head, norm_cfg, norms, tmp_path):
     state = torch.load(done.checkpoint, weights_only=True)['state_dict']
     assert 'backbone.bn1.running_mean' in state
     assert not [key for key in state if '.sn' in key]
-    subprocess.run([sys.executable, '-c', ALONE], cwd=tmp_path, check=True)
-    found = np.load(tmp_path / 'found.npz')
-    assert found['norms'].tolist() == norms
-    from mmseg.apis import inference_model, init_model
+    assert compared('mmseg', tmp_path) == norms
 
-    trained = init_model(str(tmp_path / 'net.py'), str(tmp_path / 'net.pth'), device='cpu')
-    expected = inference_model(trained, cv2.imread(str(tmp_path / 'a.png'))).seg_logits.data
-    torch.testing.assert_close(torch.from_numpy(found['logits']), expected, rtol=1e-4, atol=1e-5)
+
+def compared(framework: str, folder: Path) -> list[str]:
+    """The norms of the plain pair without this package, which predicts what the trained one did."""
+    paths = dict(CONFIG='out.py', CHECKPOINT='out.pth', IMAGE='a.png')
+    predict = PREDICT[framework]
+    alone = ALONE.format(predict=predict)
+    for name, path in paths.items():
+        alone = alone.replace(name, repr(path))
+    subprocess.run([sys.executable, '-c', alone], cwd=folder, check=True)
+    trained = dict(CONFIG='net.py', CHECKPOINT='net.pth', IMAGE='a.png')
+    space = {name: str(folder / path) for name, path in trained.items()} | {'cv2': cv2}
+    exec(predict, space)
+    with np.load(folder / 'found.npz') as found:
+        for number, expected in enumerate(space['outputs']):
+            output = torch.from_numpy(found[f'arr_{number}'])
+            assert output.numel() > 0
+            torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+        return found['norms'].tolist()
+
+
+def test_a_detector_alone(tmp_path):
+    config = demo_config('mmdet', normalizers=('IN', 'GN', 'BN'))
+    config.model.backbone.stem_padding = 1
+    model = chose(config, backbone=BN, neck=IN, roi_head=GN)
+    spread = {'fc_cls': 0.3, 'rpn_cls': 0.3, 'fc_reg': 0.02}
+    for name, parameter in model.named_parameters():
+        for layer, std in spread.items():
+            if name.endswith(f'{layer}.weight'):
+                torch.nn.init.normal_(parameter, std=std)
+    done = collapse(tmp_path, config, model)
+    assert 'ssn' not in done.config.read_text().lower()
+    assert compared('mmdet', tmp_path) == ['BatchNorm2d', 'GroupNorm', 'InstanceNorm2d']
 
 
 @pytest.mark.parametrize(
