@@ -94,7 +94,8 @@ def compare_outputs(first: nn.Module, second: nn.Module, batches: Iterable[dict]
     total, count = 0.0, 0
     for batch in batches:
         decisions: dict = {}
-        outputs = [_outputs(model, batch, decisions) for model in (first, second)]
+        models = {'trained': first, 'new': second}
+        outputs = [_outputs(model, batch, decisions, name) for name, model in models.items()]
         for name in outputs[0].keys() | outputs[1].keys():
             ours, theirs = (list(_tensors(each.get(name))) for each in outputs)
             if [each.shape for each in ours] != [each.shape for each in theirs]:
@@ -105,7 +106,7 @@ def compare_outputs(first: nn.Module, second: nn.Module, batches: Iterable[dict]
                 found.largest = max(found.largest, largest) if math.isfinite(largest) else math.nan
                 total += float(differences.sum())
                 count += differences.numel()
-        samples = (_run(model.test_step, batch) for model in (first, second))
+        samples = (_run(model.test_step, batch, name) for name, model in models.items())
         for ours, theirs in zip(*samples, strict=True):
             _compare_decisions(ours, theirs, found)
         found.images += 1
@@ -122,7 +123,7 @@ def _relative_differences(ours: Tensor, theirs: Tensor) -> tuple[Tensor, float]:
     return differences, float(differences.max()) if math.isfinite(scale) else math.nan
 
 
-def _run(step: Callable, batch: dict) -> object:
+def _run(step: Callable, batch: dict, name: str) -> object:
     """One pass that draws the same numbers as every other."""
     with preserved_generators():
         seed_iteration(0, 0)
@@ -130,17 +131,20 @@ def _run(step: Callable, batch: dict) -> object:
             return step(copy.deepcopy(batch))
         except Exception as error:  # of the model's own code
             raise InputError(
-                f'the trained model does not run on the images: {in_one_line(error)}'
+                f'the {name} model does not run on the images: {in_one_line(error)}'
             ) from error
 
 
-def _outputs(model: nn.Module, batch: dict, decisions: dict) -> dict[tuple[str, int], object]:
+def _outputs(
+    model: nn.Module, batch: dict, decisions: dict, name: str
+) -> dict[tuple[str, int], object]:
     """Outputs of the network, or of its parts, each with the number of the call."""
     with contextlib.suppress(InputError):  # heads that need more than features, or raise
-        return {('', 0): _run(lambda batch: _network_outputs(model, batch, decisions), batch)}
+        outputs = _run(lambda batch: _network_outputs(model, batch, decisions), batch, name)
+        return {('', 0): outputs}
     outputs: dict = {}
     with _recorded_calls(model, outputs), _shared_decisions(model, decisions):
-        _run(model.test_step, batch)
+        _run(model.test_step, batch, name)
     return outputs
 
 

@@ -155,6 +155,16 @@ def test_layers_of_one_part_that_chose_differently(tmp_path):
         collapse(tmp_path, settings(), model, fold=True)
 
 
+def test_instance_norm_of_a_map_of_one_pixel(tmp_path):
+    """Which torch's own refuses, and ours does not."""
+    config = demo_config('mmseg', normalizers=('IN', 'BN'))
+    config.model.backbone.stem_padding = 1
+    model = chose(config, backbone=BN, decode_head=IN, auxiliary_head=BN)
+    with pytest.raises(InputError, match=r'the new model does not run on the images: .* 1, 1'):
+        collapse(tmp_path, config, model)
+    assert not (tmp_path / 'out.pth').exists()
+
+
 def test_every_part_of_a_detector():
     """Parts of one norm_cfg object, nested ones, and what trains SSN."""
     config = demo_config('mmdet')
