@@ -10,13 +10,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from decided_models import decided_model, small_segmentor
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from since import EXPORT
 from torch import nn
 
 from ssn_plugin import SSN
+from ssn_plugin.jobs.export import export_onnx
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / 'benchmarks'
@@ -266,6 +271,48 @@ def test_host_cost():
     *_, last = result.stdout.splitlines()
     # Far from a figure, but a launch that searches for its kernel again would show.
     assert float(re.fullmatch(r'host cost: ([\d.]+) x BatchNorm2d', last)[1]) < 4
+
+
+@pytest.mark.slow
+@EXPORT
+def test_quantization(benchmark, monkeypatch, tmp_path, capsys):
+    """Labels are what float32 says, so its mIoU is 100 % and that of int8 is what it keeps."""
+    for name in ('mmseg', 'onnxruntime', 'onnxscript'):
+        pytest.importorskip(name)
+    script = benchmark('quantization')
+    config = small_segmentor()
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.update(
+            data_root=str(tmp_path), data_prefix=dict(img_path='images', seg_map_path='labels'),
+            img_suffix='.png', seg_map_suffix='.png',
+        )  # fmt: skip
+    model = decided_model(config)
+    nn.init.normal_(model.decode_head.conv_seg.weight)  # so that it sees several classes
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'net.pth')
+    (tmp_path / 'net.py').write_text(config.pretty_text)
+    (tmp_path / 'labels').mkdir()
+    (tmp_path / 'images').mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        image = cv2.resize(random.integers(0, 255, (8, 10, 3), np.uint8), (160, 128))
+        cv2.imwrite(str(tmp_path / f'images/{number}.png'), image)
+        cv2.imwrite(str(tmp_path / f'labels/{number}.png'), np.zeros((128, 160), np.uint8))
+    network = str(tmp_path / 'net.onnx')
+    export_onnx(*(str(tmp_path / name) for name in ('net.py', 'net.pth')), network)
+    for number, (x, _) in enumerate(script.samples(config, config.val_dataloader, None)):
+        (logits,) = script.session(network).run(None, {'input': x})
+        labels = logits[0].argmax(0).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / f'labels/{number}.png'), labels)
+    assert len(np.unique(labels)) > 1
+    monkeypatch.setattr(sys, 'argv', ['quantization.py', str(tmp_path / 'net.py'), network])
+    script.main()
+    found = re.findall(
+        r'(.*): mIoU ([\d.]+) %, .* ms, to float32 ([\d.]+)', capsys.readouterr().out
+    )
+    kept = {name: float(miou) for name, miou, _ in found}
+    assert kept.pop('float32') == 100
+    assert len(kept) == 4
+    assert all(60 < miou < 100 for miou in kept.values())
 
 
 @pytest.mark.slow
