@@ -62,6 +62,7 @@ extras = {
     'lightning': ['lightning>=2.6'],
     'accelerate': ['accelerate>=1.0'],
     'deploy': requirements('deploy'),
+    'openvino': ['openvino>=2024.6'],  # docs/deploy.md, as those two
     'demo': requirements('demo'),
     'docs': requirements('docs'),
     'test': requirements('demo') + requirements('deploy') + requirements('test'),

@@ -168,6 +168,7 @@ def test_extras_are_what_the_requirement_files_list(metadata):
         'lightning',
         'accelerate',
         'deploy',
+        'openvino',
         'demo',
         'docs',
         'test',
