@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ssn_plugin.torch_versions import VERSION
+from ssn_plugin.torch_versions import HAS_CUSTOM_OPS, VERSION
 
 
 def since(major: int, minor: int, what: str) -> pytest.MarkDecorator:
@@ -11,6 +11,20 @@ def since(major: int, minor: int, what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         (major, minor) > VERSION, reason=f'{what}: torch {major}.{minor} or newer'
     )
+
+
+def require_kernels() -> tuple[int, int]:
+    """Skip where the Triton kernels cannot run, else tell the version of Triton.
+
+    Where there is no GPU the kernels are interpreted.
+    """
+    triton = pytest.importorskip('triton')
+    if not HAS_CUSTOM_OPS:
+        pytest.skip('the kernels: torch 2.4 or newer', allow_module_level=True)
+    version = tuple(int(part) for part in triton.__version__.split('.')[:2])
+    if version < (3, 4) and not torch.cuda.is_available():
+        pytest.skip('Triton before 3.4 interprets no booleans', allow_module_level=True)
+    return version
 
 
 ONE_GRAPH = since(2, 13, 'torch.compile of the layers into one graph')

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from processes import run_processes
+from since import require_kernels
 from synced_cases import CASES, CHANNELS, Case, run_cases
 from torch import nn
 
@@ -19,7 +20,6 @@ from ssn_plugin import (
     sparsestmax,
 )
 from ssn_plugin.ops import reference
-from ssn_plugin.torch_versions import HAS_CUSTOM_OPS
 
 # Relative, of a whole tensor; dx of few elements may be what is left of terms of the size of dy.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-7}
@@ -34,9 +34,7 @@ def found(request, tmp_path_factory) -> list[dict]:
     """What every process computed in every case."""
     world, backend = request.param
     if backend == 'triton':
-        pytest.importorskip('triton')
-        if not HAS_CUSTOM_OPS:
-            pytest.skip('the kernels: torch 2.4 or newer')
+        require_kernels()
     folder = tmp_path_factory.mktemp('processes')
     return run_processes(run_cases, world, folder, backend, seconds=300)
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from since import require_kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssn_plugin import SN, SSN, set_radius, switchable_norm
@@ -17,9 +18,7 @@ from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as switchable_norm_triton
 from ssn_plugin.torch_versions import COMPILES_LAYERS
 
-pytest.importorskip('triton')
-if not switchable_norm_triton.is_available():
-    pytest.skip('torch is older than custom operators', allow_module_level=True)
+require_kernels()
 pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')  # of NumPy
 SHAPE = (3, 6, 5, 4)
 

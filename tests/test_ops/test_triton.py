@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from since import require_kernels
 from torch import library
 
 from ssn_plugin.ops import reference
@@ -21,11 +22,7 @@ from ssn_plugin.ops.switchable_norm.triton import launch as backend
 
 triton = pytest.importorskip('triton')
 tl = pytest.importorskip('triton.language')
-if not backend.is_available():
-    pytest.skip('torch is older than custom operators', allow_module_level=True)
-VERSION = tuple(int(part) for part in triton.__version__.split('.')[:2])
-if VERSION < (3, 4) and not torch.cuda.is_available():
-    pytest.skip('Triton before 3.4 interprets no booleans', allow_module_level=True)
+TRITON = require_kernels()
 
 from ssn_plugin.ops.switchable_norm.triton import custom_ops as switchable_norm_custom_ops  # noqa: E402, F401  (registers them)
 from ssn_plugin.ops.switchable_norm.triton import kernels  # noqa: E402
@@ -936,7 +933,7 @@ def test_a_layer_on_another_device_is_refused():
 
 def compiled(folder: Path, *what: str) -> list[str]:
     """What compile_kernels.py says, in a process in which Triton compiles."""
-    if VERSION < (3, 3):
+    if TRITON < (3, 3):
         pytest.skip("of the compiler's own interface, which changed in Triton 3.3")
     result = subprocess.run(
         [sys.executable, Path(__file__).parent / 'compile_kernels.py', *what],
