@@ -14,6 +14,7 @@ from ssn_plugin.checkpoint.layout import check_switchable
 from ssn_plugin.checkpoint.unpickling import Ignored, weights_only
 from ssn_plugin.checkpoint.whole_file import whole_file
 from ssn_plugin.errors import CheckpointError
+from ssn_plugin.layers.radius import unwrapped_name
 
 
 def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict:
@@ -66,7 +67,7 @@ def weights_entry(checkpoint: Mapping) -> str | None:
 
 
 def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
-    """The state dict of a checkpoint, without the names of a parallel wrapper or torch.compile.
+    """The state dict of a checkpoint, without the names that wrappers add.
 
     Args:
         checkpoint: A state dict, or a dict with one under 'state_dict' (training scripts,
@@ -101,8 +102,7 @@ def _is_state(value: object) -> bool:
 
 
 def _unwrapped(name: str) -> str:
-    # torch.compile wraps a model, or parts of it.
-    return name.replace('_orig_mod.', '').removeprefix('module.')
+    return unwrapped_name(name).removeprefix('module.')
 
 
 def md5_of(path: str | os.PathLike) -> str:

@@ -16,8 +16,16 @@ from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, Choices, largest
 # margin is that of half precision, which rounds most.
 _NEARLY = 0.98
 
-# What wrappers call the module that they wrap.
-_WRAPPED = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
+# What torch.compile, FSDP and the checkpointing of activations call the module that they wrap.
+_WRAPPED = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
+
+
+def unwrapped_name(name: str, wrapped: tuple[str, ...] = _WRAPPED) -> str:
+    """A name in a model without those that wrappers add.
+
+    DistributedDataParallel adds 'module', which an ordinary part of a model may be called too.
+    """
+    return '.'.join(part for part in name.split('.') if part not in wrapped)
 
 
 @torch.no_grad()
@@ -275,8 +283,7 @@ def _ssn_layers(model: nn.Module) -> tuple[list[str], list[SSN]]:
     """Name and candidates of every SSN, without the names that wrappers add, and the layers."""
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, SSN)}
     places = [
-        f'{".".join(part for part in name.split(".") if part not in _WRAPPED)!r} with '
-        f'{layer.normalizers}'
+        f"'{unwrapped_name(name, ('module', *_WRAPPED))}' with {layer.normalizers}"
         for name, layer in found.items()
     ]
     return places, list(found.values())

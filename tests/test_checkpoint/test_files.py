@@ -134,6 +134,15 @@ def test_weights_in(entry, prefix):
     assert list(weights_in(checkpoint, 'f')) == list(STATE)
 
 
+def test_names_of_wrapped_parts():
+    names = ('layer1._fsdp_wrapped_module.0.bn1', 'module.layer1._checkpoint_wrapped_module.0.bn1')
+    for name in names:
+        assert list(weights_in({f'{name}.weight': torch.ones(1)}, 'f')) == ['layer1.0.bn1.weight']
+    # an average inside a model (BYOL) is called so
+    name = 'target_net.module.0.conv1.weight'
+    assert list(weights_in({name: torch.ones(1)}, 'f')) == [name]
+
+
 def test_weights_without_values():
     """As a model saves that was built on the meta device and never filled."""
     state = torch.nn.Linear(2, 2, device='meta').state_dict()
