@@ -1,7 +1,7 @@
 """Triton backend: which kernels are launched, on how many programs and with what between them.
 
-README.md beside this file says which pass reads and writes what. The kernels are imported when
-they are first launched: `import ssn_plugin` never imports Triton.
+README.md in ops/ says which pass reads and writes what. The kernels, and Triton with them, are
+imported when they are first launched.
 """
 
 import importlib.util
