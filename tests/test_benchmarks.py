@@ -17,7 +17,7 @@ import torch
 from decided_models import decided_model, small_segmentor
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from since import EXPORT
+from since import EXPORT, require_kernels
 from torch import nn
 
 from ssn_plugin import SSN
@@ -256,7 +256,7 @@ def test_traffic_in_the_readme_is_that_of_the_launches(benchmark):
 
 
 def test_host_cost():
-    pytest.importorskip('triton')
+    pytest.importorskip('triton.backends')
     if not shutil.which('cc'):
         pytest.skip('it needs a C compiler')
     result = subprocess.run(
@@ -318,7 +318,7 @@ def test_quantization(benchmark, monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_gpu_script_runs_dry(tmp_path):
     # Where there is no GPU: all of its parts on tiny inputs, the kernels interpreted.
-    pytest.importorskip('triton')
+    require_kernels()
     if torch.cuda.is_available():
         pytest.skip('a GPU is there: it would be measured')
     result = subprocess.run(

@@ -138,11 +138,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 # Makes every import of the named packages fail, as if they were not installed.
 WITHOUT = """
 import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {names!r}:
-            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
-sys.meta_path.insert(0, Missing())
+sys.modules.update(dict.fromkeys({names!r}))
 """
 
 
