@@ -1,6 +1,7 @@
 """The GPU's verdict in parts; run_gpu.sh runs them all.
 
 python benchmarks/gpu.py smoke OUT             # does every layer compute what float64 computes?
+python benchmarks/gpu.py warm OUT              # compile for all inputs of the next part
 python benchmarks/gpu.py layers OUT            # device, eager and CPU time beside BatchNorm2d
 python benchmarks/gpu.py step OUT              # a Mask R-CNN training step, of torchvision alone
 python benchmarks/gpu.py names OUT             # which kernels BatchNorm2d runs
@@ -18,6 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ TINY = (Shape('tiny map', (2, 4, 3, 3), 1),)
 REPEATS = 8 if CUDA else 1
 SMOKE = ('SSN undecided', 'SSN all BN', 'SSN all LN', 'SSN all IN', 'SSN LN/BN', 'SN')
 MEASURED = ('BatchNorm2d', 'SSN undecided', 'SSN all BN', 'SSN LN/BN')
+IMAGE, REGIONS = ((800, 1344), 512) if CUDA else ((64, 96), 4)
 BUFFERS = 2**28  # bytes to rotate over, several times what a second-level cache holds
 
 
@@ -96,11 +99,13 @@ def smoke(out: Path) -> None:
     sys.exit(0 if good else 1)
 
 
-def rotating(shape: Shape, dtype: torch.dtype, last: bool) -> list[tuple[Tensor, Tensor]]:
+def rotating(
+    shape: Shape, dtype: torch.dtype, last: bool, most: int = 64
+) -> list[tuple[Tensor, Tensor]]:
     """Inputs and upstream gradients that do not fit into the cache together."""
     layout = torch.channels_last if last else torch.contiguous_format
     size = 2 * math.prod(shape.size) * dtype.itemsize
-    count = max(2, min(BUFFERS // size, 64)) if CUDA else 1
+    count = min(max(2, BUFFERS // size), most) if CUDA else 1
     pairs = []
     for _ in range(count):
         x, dy = (
@@ -186,19 +191,35 @@ def measure(shape: Shape, dtype: torch.dtype, last: bool) -> list[dict]:
     return rows
 
 
+def inputs() -> list[tuple[Shape, torch.dtype, bool]]:
+    """What is measured: shape, dtype, channels_last or not; frequent shapes first."""
+    shapes = sorted(MASK_RCNN, key=lambda shape: -shape.count) if CUDA else TINY
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if CUDA else (torch.float32,)
+    return [(shape, *kind) for *kind, shape in product(dtypes, (False, True), shapes)]
+
+
+def warm(share: str) -> None:
+    """Compile what the layers launch, and keep it where Triton finds it again.
+
+    Args:
+        share: Which inputs: '0/4' is every fourth, from the first on.
+    """
+    first, step = map(int, share.split('/'))
+    for shape, dtype, last in inputs()[first::step]:
+        pair = rotating(shape, dtype, last, most=1)
+        for name in MEASURED:
+            once(LAYERS[name](shape.size[1]).to(DEVICE), pair)
+
+
 def layers(out: Path, budget: float) -> None:
     """Every input of the benchmark, as long as the budget lasts."""
     start, rows, left = time.perf_counter(), [], 0
-    shapes = sorted(MASK_RCNN, key=lambda shape: -shape.count) if CUDA else TINY
-    dtypes = (torch.float32, torch.bfloat16, torch.float16) if CUDA else (torch.float32,)
-    for last in (False, True):
-        for dtype in dtypes:
-            for shape in shapes:
-                if time.perf_counter() - start > budget:
-                    left += 1
-                    continue
-                rows += measure(shape, dtype, last)
-                write(out / 'layers.csv', rows)
+    for shape, dtype, last in inputs():
+        if time.perf_counter() - start > budget:
+            left += 1
+            continue
+        rows += measure(shape, dtype, last)
+        write(out / 'layers.csv', rows)
     if left:
         print(f'layers: {left} inputs were left out, after {budget:.0f} s')
 
@@ -215,8 +236,9 @@ def mask_rcnn(make, classes: int = 91) -> nn.Module:
     return MaskRCNN(
         backbone,
         classes,
-        min_size=800,
-        max_size=1344,
+        min_size=IMAGE[0],
+        max_size=IMAGE[1],
+        box_batch_size_per_image=REGIONS,
         box_head=FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=make),
         mask_head=MaskRCNNHeads(256, [256] * 4, 1, norm_layer=make),
     )
@@ -246,7 +268,8 @@ def train_once(
     def run() -> None:
         if radius is not None:
             set_radius(model, radius)
-        context = torch.autocast('cuda', torch.float16) if amp else nullcontext()
+        half = torch.float16 if CUDA else torch.bfloat16
+        context = torch.autocast(DEVICE.type, half) if amp else nullcontext()
         with context:
             losses = model(images, labels)
         optimizer.zero_grad(set_to_none=True)
@@ -265,11 +288,8 @@ def step(out: Path, budget: float) -> None:
     except Exception as error:  # beside another build of torch it fails in ways of its own
         print(f'step: not measured, torchvision cannot be imported ({type(error).__name__})')
         return
-    if not CUDA:
-        print('step: not measured, it needs a GPU')
-        return
-    images = list(torch.rand(2, 3, 800, 1344, device=DEVICE))
-    labels, rows = targets(800, 1344), []
+    images = list(torch.rand(2, 3, *IMAGE, device=DEVICE))
+    labels, rows = targets(*IMAGE), []
     norms = {
         'BN': (nn.BatchNorm2d, None),
         'SSN': (ssn, None),
@@ -289,7 +309,7 @@ def step(out: Path, budget: float) -> None:
                 train_once, model, optimizer, images, labels, amp, radius
             )
         times = defaultdict(list)
-        for name, figures in interleaved(steps, 20, budget / 2):
+        for name, figures in interleaved(steps, 20 if CUDA else 1, budget / 2):
             times[name].append(figures['step'])
         for name, values in times.items():
             ratio = spread([a / b for a, b in zip(values, times['BN'], strict=True)])
@@ -381,12 +401,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('part', choices=['smoke', 'layers', 'step', 'names', 'tables'])
+    parser.add_argument('part', choices=['smoke', 'warm', 'layers', 'step', 'names', 'tables'])
     parser.add_argument('out', type=Path, help='folder for all that is written')
     parser.add_argument('--seconds', type=float, default=90, help='of layers and step, about')
+    parser.add_argument('--share', default='0/1', help='of warm: 2/8 is the third of 8 shares')
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.part in ('layers', 'step'):
+    if args.part == 'warm':
+        warm(args.share)
+    elif args.part in ('layers', 'step'):
         {'layers': layers, 'step': step}[args.part](args.out, args.seconds)
     else:
         {'smoke': smoke, 'names': names, 'tables': tables}[args.part](args.out)

@@ -315,6 +315,41 @@ def test_quantization(benchmark, monkeypatch, tmp_path, capsys):
     assert all(60 < miou < 100 for miou in kept.values())
 
 
+@pytest.mark.parametrize('device', ['', 'NVIDIA H200'])
+def test_the_gpu_script_loses_no_part_to_another(device, tmp_path):
+    # In the place of Python something that fails in two parts, and waits for none.
+    python = tmp_path / 'python'
+    python.write_text(
+        '#!/bin/sh\n'
+        'echo "$*" >> "$0.log"\n'
+        'case "$*" in *smoke*|*layers*) exit 3;; *tables*) echo tables at last;;\n'
+        f'-) echo {device};; *collect-only*) seq -f "test_gpu.py::%g" 9;; esac\n'
+    )
+    python.chmod(0o755)
+    mine = tmp_path / 'out' / 'mine.csv'
+    mine.parent.mkdir()
+    mine.write_text('kept')
+    result = subprocess.run(
+        ['bash', FOLDER / 'run_gpu.sh', 'out'],
+        env={**os.environ, 'PYTHON': str(python)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    called = (tmp_path / 'python.log').read_text()
+    for part in ('smoke', 'warm', 'layers', 'step', 'names', 'host_cost', 'tables'):
+        assert part in called
+    tested = re.findall(r'::(\d)', called)
+    assert sorted(tested) == (list('123456789') if device else [])
+    *_, first, second, last = result.stdout.splitlines()
+    assert (first, second) == ('FAILED: smoke', 'FAILED: layers')
+    assert str(tmp_path / 'out') in last
+    assert (tmp_path / 'out' / 'tables.txt').read_text() == 'tables at last\n'
+    assert mine.read_text() == 'kept'
+
+
 @pytest.mark.slow
 def test_the_gpu_script_runs_dry(tmp_path):
     # Where there is no GPU: all of its parts on tiny inputs, the kernels interpreted.
@@ -330,7 +365,7 @@ def test_the_gpu_script_runs_dry(tmp_path):
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert 'smoke: every layer is right' in result.stdout
-    assert 'step: not measured' in result.stdout
+    assert ('step: not measured' in result.stdout) != (tmp_path / 'out' / 'step.csv').is_file()
     *_, last = result.stdout.strip().splitlines()
     assert str(tmp_path / 'out') in last
     with open(tmp_path / 'out' / 'layers.csv', newline='') as file:
