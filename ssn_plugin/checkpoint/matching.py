@@ -101,9 +101,10 @@ def _for_parts(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> Mappi
     """A file of a part of the model with every prefix under which the model has that part."""
     counts = _prefixes(loaded, own)
     most = max(counts.values())
-    if most <= max(_prefixes(own, loaded).values()):
-        return loaded
     parts = [prefix for prefix, count in counts.items() if count == most]
+    # What is there more than twice (teacher and student, an average) is a block; nobody said which.
+    if most <= max(_prefixes(own, loaded).values()) or len(parts) > 2:
+        return loaded
     expanded = OrderedDict((part + key, value) for part in parts for key, value in loaded.items())
     known = getattr(loaded, '_metadata', {})
     expanded._metadata = {part + place: known[place] for part in parts for place in known}

@@ -225,6 +225,25 @@ def test_names_of_every_codebase(rename, kwargs, by_order, norm):
     assert all(renamed.state[key] is value for key, value in expected.items())
 
 
+@pytest.mark.parametrize(
+    ('parts', 'filled'),
+    [
+        (['backbone'], ['backbone']),
+        (['teacher.backbone', 'student.backbone'], ['teacher.backbone', 'student.backbone']),
+        (['blocks.0', 'blocks.1', 'blocks.2'], []),
+    ],
+)
+def test_a_file_of_a_part(parts, filled):
+    file = {'conv.weight': torch.randn(2, 2), 'bn.weight': torch.randn(2)}
+    own = {f'{part}.conv.weight': torch.ones(2, 2) for part in parts}
+    own |= {f'{part}.sn.weight': torch.ones(2) for part in parts} | {'head.bias': torch.ones(3)}
+    state = in_names_of(own, file).state
+    assert [key for key in own if key in state and key.endswith('sn.weight')] == [
+        f'{part}.sn.weight' for part in filled
+    ]
+    assert all(torch.equal(state[f'{part}.sn.weight'], file['bn.weight']) for part in filled)
+
+
 def test_order_explains_no_other_network(own):
     """One layer more, one less, or another width: nothing is matched by chance."""
     for depth, width in ((34, 4), (50, 4), (18, 8)):
