@@ -111,13 +111,7 @@ class EmptyShareFunction(torch.autograd.Function):
     ) -> Tensor:
         """Add nothing to the batch, and track what the others hold.
 
-        Args:
-            ctx: Autograd context.
-            x: Shape (N, C, ...), without elements.
-            batch: Of the layer.
-            correction: Of the layer.
-            group: The processes.
-            shares_gradients: Whether the others reduce gradients in their backward pass.
+        ``shares_gradients`` says whether the others reduce gradients in their backward pass.
         """
         nothing = x.new_empty(0, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
         joined = all_reduce_moments(Moments(nothing, None), 0, group)
@@ -129,12 +123,7 @@ class EmptyShareFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient passes as it is.
-
-        Args:
-            ctx: Autograd context.
-            dy: The shape of x.
-        """
+        """The gradient passes as it is."""
         if ctx.group is not None:
             nothing, count = ctx.saved_tensors
             all_reduce_gradients(Moments(nothing, nothing), count, ctx.group)

@@ -202,26 +202,14 @@ class UnreadFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, mean_control: Tensor, var_control: Tensor) -> Tensor:
-        """Y itself.
-
-        Args:
-            ctx: Autograd context.
-            y: What is computed; nobody else has it yet.
-            mean_control: Control parameters of the means.
-            var_control: Control parameters of the variances.
-        """
+        """y itself, which nobody else has yet."""
         ctx.mark_dirty(y)  # which lets autograd return it without a copy
         ctx.factories = [(len(z), factory_of(z)) for z in (mean_control, var_control)]
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient passes as it is.
-
-        Args:
-            ctx: Autograd context.
-            dy: The shape of y.
-        """
+        """The gradient passes as it is."""
         return dy, *(torch.zeros(size, **factory) for size, factory in ctx.factories)
 
 
@@ -283,23 +271,11 @@ class SwitchableNormFunction(torch.autograd.Function):
         given_var: Tensor | None,
         call: Call,
     ) -> Tensor:
-        """Normalise.
+        """y in the dtype of x.
 
-        Args:
-            ctx: Autograd context.
-            x: Shape (N, C, ...), not empty.
-            mean_control: Where ``call.mean`` comes from, shape (K,); its values where it has none.
-            var_control: The same for ``call.var``.
-            weight: Shape (C,) or None.
-            bias: Shape (C,) or None.
-            tracked_mean: Shape (C,) or None; updated in place by the mean of the batch.
-            tracked_var: Shape (C,) or None.
-            given_mean: Shape (C,) or None; stands for the mean of 'BN'.
-            given_var: Shape (C,) or None.
-            call: All else.
-
-        Returns:
-            y in the dtype of x.
+        Control parameters, (K,), are what ``call.mean`` and ``call.var`` come from, or their values
+        where those have none. Tracked statistics are updated in place; those given stand for the
+        batch's.
         """
         mean, var, momentum, settings, operator, group = call
         tracked = None if tracked_mean is None else Moments(tracked_mean, tracked_var)
@@ -330,15 +306,7 @@ class SwitchableNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, both control parameters, weight and bias.
-
-        Args:
-            ctx: Autograd context.
-            dy: The shape of x.
-
-        Returns:
-            One entry per argument of the forward pass.
-        """
+        """Gradients of x, both control parameters, weight and bias, and None for the others."""
         if torch.is_grad_enabled() and not is_compiling():
             return _gradients_to_differentiate(ctx, dy)
         return _gradients(ctx, dy)

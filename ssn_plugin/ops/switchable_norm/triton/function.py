@@ -55,23 +55,11 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
         running_var: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        """Normalise.
+        """y in the dtype and memory format of x.
 
-        Args:
-            ctx: Autograd context.
-            x: Shape (N, C, ...), not empty.
-            mean_control: Control parameters of the means, or their ratios, shape (K,). None where
-                both choices are known.
-            var_control: The same of the variances.
-            weight: Shape (C,) or None.
-            bias: Shape (C,) or None.
-            running_mean: Shape (C,) or None.
-            running_var: Shape (C,) or None.
-            call: Where the ratios come from, what 'BN' does with running statistics, what else the
-                layer is, and the processes whose rows all count for 'BN'.
-
-        Returns:
-            y in the dtype and memory format of x.
+        Control parameters may be None where both choices are known. ``call`` says where the ratios
+        come from, what 'BN' does with running statistics, what else the layer is, and the
+        processes whose rows all count for 'BN'.
         """
         vectors = (weight, bias, running_mean, running_var)
         y, saved, count = _forward(call, x, (mean_control, var_control), vectors)
@@ -95,15 +83,7 @@ class FusedSwitchableNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, both control parameters, weight and bias.
-
-        Args:
-            ctx: Autograd context.
-            dy: The shape of x.
-
-        Returns:
-            One entry per argument of the forward pass.
-        """
+        """Gradients of x, both control parameters, weight and bias, and None for the others."""
         if torch.is_grad_enabled() and not is_compiling():
             return _gradients_to_differentiate(ctx, dy)
         x, weight, saved, count, *_ = ctx.saved_tensors

@@ -792,30 +792,12 @@ def backward(
     count: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of one call of :func:`forward`; without autograd.
+    """Gradients of one call of :func:`forward`, with its arguments; without autograd.
 
-    Args:
-        dy: The shape and dtype of x, any strides.
-        x: As given to :func:`forward`.
-        saved: What :func:`forward` returned beside y.
-        weight: As given to :func:`forward`.
-        ratio_map: As given to :func:`forward`.
-        constant: Whether 'BN' used running statistics: not ``training``, and there were buffers.
-        normalizers: As given to :func:`forward`.
-        num_groups: As given to :func:`forward`.
-        correction: As given to :func:`forward`.
-        eps: As given to :func:`forward`.
-        selected: As given to :func:`forward`.
-        needs_dx: Whether dx is wanted.
-        needs_control: Whether the gradients of the control parameters are wanted.
-        needs_dbias: Whether dbias is wanted.
-        needs_dweight: Whether dweight is wanted; without a weight there is none.
-        count: What :func:`forward` returned for a group.
-        group: As given to :func:`forward`.
-
-    Returns:
-        dx in the dtype and memory format of x; in float32 the gradients of both vectors of control
-        parameters, (K,), dweight and dbias, (C,). None for what is not wanted.
+    dy may have any strides; ``saved`` and ``count`` are what :func:`forward` returned beside y;
+    ``constant`` says that 'BN' used running statistics. Returns dx in the dtype and memory format
+    of x; in float32 the gradients of both vectors of control parameters, (K,), dweight and dbias,
+    (C,). None for what is not wanted; without a weight there is no dweight.
     """
     x, axis = laid_out(x)
     dy = _laid_out_as(dy, x, axis)
