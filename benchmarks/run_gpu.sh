@@ -51,7 +51,7 @@ else
     echo "$GPU"
 fi
 
-part smoke 60 "$PYTHON" benchmarks/gpu.py smoke "$OUT"
+part smoke 80 "$PYTHON" benchmarks/gpu.py smoke "$OUT"
 
 said "kernels are compiled for what is measured, in $workers processes${GPU:+, and tested in 4 others}"
 for ((worker = 0; worker < workers; worker++)); do

@@ -106,6 +106,21 @@ def test_layers_equal_float64(shape, dtype, memory_format, kind, training, launc
         assert found[name].stride() == x.stride()
 
 
+@pytest.mark.parametrize('memory_format', FORMATS, ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('shape', [(2, 16, 128, 127), (300, 32, 7, 7), (3, 36, 20, 25)])
+def test_a_layer_decided_on_instance_norm(shape, dtype, memory_format, launches):
+    layer = make('sparsestmax', shape[1])
+    layer.select('IN', 'IN')
+    exact = copy.deepcopy(layer).double()
+    x, dy = (image(shape, dtype, memory_format) for _ in range(2))
+    found = results(layer, x, dy)
+    whole = ['ssn_fwd_apply_kernel', 'ssn_bwd_dx_kernel', 'ssn_bwd_pool_kernel']
+    if x.is_contiguous() or shape[2] < 100:  # a program keeps whole rows
+        assert launches == whole
+    assert_close(found, results(exact, x.double(), dy.double()), dtype, dy)
+
+
 def test_same_input_same_bits():
     x, dy = image((4, 64, 57, 61)), image((4, 64, 57, 61))
     layer = make('sparsestmax', 64)
