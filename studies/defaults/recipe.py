@@ -85,9 +85,9 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     if not screened:
         runs = list(_most_decisive_first(size, runs))
     runs += _confirmation(size, best)
+    runs += _learning_rates(size, best, rows)
     cells = (*SCREENING_CELLS, LATER_CELL)
     runs += [run_of(size, rule, cell, seed) for cell in cells for rule in LEVER_RULES]
-    runs += _learning_rates(size, best, rows)
     runs += _other_backbones(size, best)
     runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LATER_RULES]
     runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *LATER_RULES)]
