@@ -12,8 +12,10 @@ from ssn_plugin.ops.switchable_norm.triton.kernels.candidates import (
     pooled_sections,
 )
 from ssn_plugin.ops.switchable_norm.triton.kernels.pooling import (
+    channel_sums,
+    group_gradients,
     load_sums,
-    pooled_sums,
+    sample_gradients,
 )
 from ssn_plugin.ops.switchable_norm.triton.kernels.ratios import (
     sum_partials,
@@ -139,28 +141,26 @@ def ssn_bwd_pool_kernel(
     if program < samples:
         n = program.to(N.dtype)
         if LN:
+            dmean_ln, dvar_ln = sample_gradients(sums, n, N, C, splits, SPLITS, LN_CHANNELS)
             one = tl.arange(0, 1)
-            dmean_ln, dvar_ln = pooled_sums(
-                sums, 0, n * C + one, one == 0, 1, C, N, C, splits, SPLITS, LN_CHANNELS
-            )
-            tl.store(of_samples + n + one, dmean_ln / C)
-            tl.store(of_samples + N + n + one, dvar_ln / C)
+            tl.store(of_samples + n + one, dmean_ln)
+            tl.store(of_samples + N + n + one, dvar_ln)
         if GN:
             for first in range(0, G, GROUPS):
                 g = first + tl.arange(0, GROUPS)
-                dmean_gn, dvar_gn = pooled_sums(
-                    sums, 0, n * C + g * (C // G), g < G, 1, C // G,
-                    N, C, splits, SPLITS, GROUP_CHANNELS,
-                )  # fmt: skip
-                tl.store(of_groups + n * G + g, dmean_gn / (C // G), mask=g < G)
-                tl.store(of_groups + N * G + n * G + g, dvar_gn / (C // G), mask=g < G)
+                dmean_gn, dvar_gn = group_gradients(
+                    sums, n, g, N, C, G, splits, SPLITS, GROUPS, GROUP_CHANNELS
+                )
+                tl.store(of_groups + n * G + g, dmean_gn, mask=g < G)
+                tl.store(of_groups + N * G + n * G + g, dvar_gn, mask=g < G)
     elif program < samples + blocks:
         c = (program - samples) * CHANNELS + tl.arange(0, CHANNELS)
         if BATCH:
-            dmean_bn, dvar_bn = pooled_sums(sums, 0, c, c < C, C, N, N, C, splits, SPLITS, SAMPLES)
+            dmean_bn = channel_sums(sums, 0, c, c < C, N, C, splits, SPLITS, SAMPLES, CHANNELS)
+            dvar_bn = channel_sums(sums, 1, c, c < C, N, C, splits, SPLITS, SAMPLES, CHANNELS)
             tl.store(of_channels + c, dmean_bn / N, mask=c < C)
             tl.store(of_channels + C + c, dvar_bn / N, mask=c < C)
-        _affine_gradients(sums, dweight, dbias, c, c < C, N, C, splits, SPLITS, SAMPLES)
+        _affine_gradients(sums, dweight, dbias, c, c < C, N, C, splits, SPLITS, SAMPLES, CHANNELS)
     elif RATIOS:
         chunk = program - samples - blocks
         partials = behind_sums(sums, N * C, splits, SPREAD)
@@ -170,25 +170,28 @@ def ssn_bwd_pool_kernel(
 
 @triton.jit
 def _affine_gradients(
-    sums, dweight, dbias, c, exists, N, C, splits, SPLITS: tl.constexpr, SAMPLES: tl.constexpr
+    sums, dweight, dbias, c, exists, N, C, splits,
+    SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weight and bias, those that are wanted."""
-    if dbias is not None or dweight is not None:
-        total, product = pooled_sums(sums, 2, c, exists, C, N, N, C, splits, SPLITS, SAMPLES)
-        if dbias is not None:
-            tl.store(dbias + c, total, mask=exists)
-        if dweight is not None:
-            tl.store(dweight + c, product, mask=exists)
+    if dbias is not None:
+        total = channel_sums(sums, 2, c, exists, N, C, splits, SPLITS, SAMPLES, CHANNELS)
+        tl.store(dbias + c, total, mask=exists)
+    if dweight is not None:
+        product = channel_sums(sums, 3, c, exists, N, C, splits, SPLITS, SAMPLES, CHANNELS)
+        tl.store(dweight + c, product, mask=exists)
 
 
 @triton.jit
 def _affine_gradients_of_first(
     sums, dweight, dbias, c, exists, n, sample, split, N, C, splits,
-    SPLITS: tl.constexpr, SAMPLES: tl.constexpr,
+    SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The same by the first program that has the channels in its rows."""
     if sample + split == 0:
-        _affine_gradients(sums, dweight, dbias, c, exists & (n == 0), N, C, splits, SPLITS, SAMPLES)
+        _affine_gradients(
+            sums, dweight, dbias, c, exists & (n == 0), N, C, splits, SPLITS, SAMPLES, CHANNELS
+        )
 
 
 @triton.jit
@@ -217,14 +220,10 @@ def _row_affine(
     dmean_bn, dvar_bn = nothing, nothing
     dmean_gn, dvar_gn = nothing, nothing
     if LN and MERGES:
-        one = tl.arange(0, 1)
-        dmean_ln, dvar_ln = pooled_sums(
-            sums, 0, sample * C + one, one == 0, 1, C, N, C, splits, SPLITS, CHANNELS
-        )
-        dmean_ln, dvar_ln = dmean_ln / C, dvar_ln / C
+        dmean_ln, dvar_ln = sample_gradients(sums, sample, N, C, splits, SPLITS, CHANNELS)
     if BATCH and MERGES:
-        dmean_bn, dvar_bn = pooled_sums(sums, 0, c, exists, C, N, N, C, splits, SPLITS, SAMPLES)
-        dmean_bn, dvar_bn = dmean_bn / N, dvar_bn / N
+        dmean_bn = channel_sums(sums, 0, c, exists, N, C, splits, SPLITS, SAMPLES, ROWS) / N
+        dvar_bn = channel_sums(sums, 1, c, exists, N, C, splits, SPLITS, SAMPLES, ROWS) / N
     if not MERGES:
         if LN or GN or BATCH:
             channels, samples, groups = pooled_sections(pooled, N, C, G)
@@ -248,7 +247,7 @@ def _row_affine(
     dvar_in = mix(saved + 16, dvar, dvar_ln, dvar_bn, dvar_gn, KINDS, VAR)
     if MERGES:
         _affine_gradients_of_first(
-            sums, dweight, dbias, c, exists, n, sample, split, N, C, splits, SPLITS, SAMPLES
+            sums, dweight, dbias, c, exists, n, sample, split, N, C, splits, SPLITS, SAMPLES, ROWS
         )
     return mean_in, gain, 2 * dvar_in / divisor, dmean_in / S
 
@@ -295,8 +294,9 @@ def _input_gradient(
         _, gain = load_gain(var, weight, c, exists, eps)
         if MERGES:
             _affine_gradients_of_first(
-                sums, dweight, dbias, c, exists, n, sample, split, N, C, splits, SPLITS, SAMPLES
-            )
+                sums, dweight, dbias, c, exists, n, sample, split, N, C, splits,
+                SPLITS, SAMPLES, ROWS,
+            )  # fmt: skip
         gain = tl.expand_dims(gain, AXIS)
         for position in range(first, last, POSITIONS):
             inside = there & (lanes < S - position)

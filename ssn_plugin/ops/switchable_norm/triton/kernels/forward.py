@@ -10,8 +10,10 @@ from ssn_plugin.ops.switchable_norm.triton.kernels.candidates import (
     saved_sections,
 )
 from ssn_plugin.ops.switchable_norm.triton.kernels.pooling import (
+    channel_moments,
+    group_moments,
     load_moments,
-    pooled_moments,
+    sample_moments,
 )
 from ssn_plugin.ops.switchable_norm.triton.kernels.ratios import write_ratios
 from ssn_plugin.ops.switchable_norm.triton.kernels.tiles import (
@@ -146,26 +148,25 @@ def ssn_fwd_pool_kernel(
     if program < samples:
         n = program.to(N.dtype)
         if LN:
+            mean_ln, var_ln = sample_moments(
+                rows, partial, n, N, C, S, chunk, splits, divisor, SPLITS, LN_CHANNELS
+            )
             one = tl.arange(0, 1)
-            mean_ln, var_ln = pooled_moments(
-                rows, partial, n * C + one, one == 0, 1, C, N, C, S, chunk, splits, divisor,
-                SPLITS, LN_CHANNELS,
-            )  # fmt: skip
             tl.store(of_samples + n + one, mean_ln)
             tl.store(of_samples + N + n + one, var_ln)
         if GN:
             for first in range(0, G, GROUPS):
                 g = first + tl.arange(0, GROUPS)
-                mean_gn, var_gn = pooled_moments(
-                    rows, partial, n * C + g * (C // G), g < G, 1, C // G,
-                    N, C, S, chunk, splits, divisor, SPLITS, GROUP_CHANNELS,
+                mean_gn, var_gn = group_moments(
+                    rows, partial, n, g, N, C, G, S, chunk, splits, divisor,
+                    SPLITS, GROUPS, GROUP_CHANNELS,
                 )  # fmt: skip
                 tl.store(of_groups + n * G + g, mean_gn, mask=g < G)
                 tl.store(of_groups + N * G + n * G + g, var_gn, mask=g < G)
     else:
         c = (program - samples) * CHANNELS + tl.arange(0, CHANNELS)
-        mean_bn, var_bn = pooled_moments(
-            rows, partial, c, c < C, C, N, N, C, S, chunk, splits, divisor, SPLITS, SAMPLES
+        mean_bn, var_bn = channel_moments(
+            rows, partial, c, c < C, N, C, S, chunk, splits, divisor, SPLITS, SAMPLES, CHANNELS
         )
         _store_channels(
             saved, running_mean, running_var, momentum, unbias, c, mean_bn, var_bn, c < C, N, C, G,
@@ -201,11 +202,10 @@ def _row_affine(
             tl.store(rows + row, mean_in, mask=keeps)
             tl.store(rows + N * C + row, var_in, mask=keeps)
     if LN and MERGES:
+        mean_ln, var_ln = sample_moments(
+            rows, partial, sample, N, C, S, chunk, splits, divisor, SPLITS, CHANNELS
+        )
         one = tl.arange(0, 1)
-        mean_ln, var_ln = pooled_moments(
-            rows, partial, sample * C + one, one == 0, 1, C, N, C, S, chunk, splits, divisor,
-            SPLITS, CHANNELS,
-        )  # fmt: skip
         is_first = one + tl.min(c, 0) + split == 0  # the first channel and the first split
         tl.store(of_samples + sample + one, mean_ln, mask=is_first)
         tl.store(of_samples + N + sample + one, var_ln, mask=is_first)
@@ -220,8 +220,8 @@ def _row_affine(
             HAS_ROWS, False, False,
         )  # fmt: skip
     elif BATCH and MERGES:
-        mean_bn, var_bn = pooled_moments(
-            rows, partial, c, exists, C, N, N, C, S, chunk, splits, divisor, SPLITS, SAMPLES
+        mean_bn, var_bn = channel_moments(
+            rows, partial, c, exists, N, C, S, chunk, splits, divisor, SPLITS, SAMPLES, ROWS
         )
         if sample + split == 0:
             _store_channels(

@@ -1,9 +1,7 @@
 """Statistics of samples, groups and channels from those of their rows.
 
-A pool is ``size`` rows from row ``first`` on, ``stride`` apart; ``first`` is a vector, and
-``exists`` says which of its pools there are. ``rows`` holds a mean and a variance per row. Where
-rows are split, ``partial`` holds means and sums of squared distances per split of every row, and
-SPLITS, a power of two, is at least their number. MEMBERS rows of each pool are read at once.
+``rows`` holds a mean and a variance per row. Where rows are split, ``partial`` holds means and sums
+of squared distances per split of every row, and SPLITS, a power of two, is at least their number.
 """
 
 import triton
@@ -34,19 +32,45 @@ def load_moments(
 
 
 @triton.jit
-def pooled_moments(
-    rows, partial, first, exists, stride, size, N, C, S, chunk, splits, divisor,
-    SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
+def sample_moments(
+    rows, partial, n, N, C, S, chunk, splits, divisor,
+    SPLITS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of every pool, by Welford's recurrence."""
-    lanes = tl.expand_dims(tl.arange(0, MEMBERS), 0)
-    mean = tl.zeros((exists.shape[0], MEMBERS), tl.float32)
-    m2 = tl.zeros((exists.shape[0], MEMBERS), tl.float32)
+    """Mean and variance of LN for one sample, vectors of one."""
+    lanes = tl.expand_dims(tl.arange(0, CHANNELS), 0)
+    mean = tl.zeros((1, CHANNELS), tl.float32)
+    m2 = tl.zeros((1, CHANNELS), tl.float32)
     count = 0.0
-    for start in range(0, size, MEMBERS):
-        member = start + lanes
-        inside = tl.expand_dims(exists, 1) & (member < size)
-        at = tl.expand_dims(first, 1) + member * stride
+    for first in range(0, C, CHANNELS):
+        c = first + lanes
+        inside = c < C
+        value, within = load_moments(
+            rows, partial, n * C + c, inside, N, C, S, chunk, splits, divisor, SPLITS
+        )
+        count += 1.0
+        delta = tl.where(inside, value - mean, 0.0)
+        mean += delta * (1.0 / count)
+        m2 += within + delta * (value - mean)
+    total = C.to(tl.float32)
+    mean, m2 = merge_lanes(mean, m2, lane_counts(C, lanes, CHANNELS), total, 1)
+    return mean, m2 / total
+
+
+@triton.jit
+def group_moments(
+    rows, partial, n, g, N, C, G, S, chunk, splits, divisor,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of GN for the groups ``g`` of one sample."""
+    size = C // G
+    lanes = tl.expand_dims(tl.arange(0, CHANNELS), 0)
+    mean = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    m2 = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    count = 0.0
+    for first in range(0, size, CHANNELS):
+        member = first + lanes
+        inside = tl.expand_dims(g < G, 1) & (member < size)
+        at = n * C + tl.expand_dims(g * size, 1) + member
         value, within = load_moments(
             rows, partial, at, inside, N, C, S, chunk, splits, divisor, SPLITS
         )
@@ -55,7 +79,33 @@ def pooled_moments(
         mean += delta * (1.0 / count)
         m2 += within + delta * (value - mean)
     total = size.to(tl.float32)
-    mean, m2 = merge_lanes(mean, m2, lane_counts(size, lanes, MEMBERS), total, 1)
+    mean, m2 = merge_lanes(mean, m2, lane_counts(size, lanes, CHANNELS), total, 1)
+    return mean, m2 / total
+
+
+@triton.jit
+def channel_moments(
+    rows, partial, c, exists, N, C, S, chunk, splits, divisor,
+    SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of BN for the channels ``c``."""
+    lanes = tl.expand_dims(tl.arange(0, SAMPLES), 1)
+    mean = tl.zeros((SAMPLES, CHANNELS), tl.float32)
+    m2 = tl.zeros((SAMPLES, CHANNELS), tl.float32)
+    count = 0.0
+    for first in range(0, N, SAMPLES):
+        n = first + lanes
+        inside = (n < N) & tl.expand_dims(exists, 0)
+        at = n * C + tl.expand_dims(c, 0)
+        value, within = load_moments(
+            rows, partial, at, inside, N, C, S, chunk, splits, divisor, SPLITS
+        )
+        count += 1.0
+        delta = tl.where(inside, value - mean, 0.0)
+        mean += delta * (1.0 / count)
+        m2 += within + delta * (value - mean)
+    total = N.to(tl.float32)
+    mean, m2 = merge_lanes(mean, m2, lane_counts(N, lanes, SAMPLES), total, 0)
     return mean, m2 / total
 
 
@@ -77,18 +127,50 @@ def load_sums(sums, number: tl.constexpr, at, inside, N, C, splits, SPLITS: tl.c
 
 
 @triton.jit
-def pooled_sums(
-    sums, number: tl.constexpr, first, exists, stride, size, N, C, splits,
-    SPLITS: tl.constexpr, MEMBERS: tl.constexpr,
+def sample_gradients(
+    sums, n, N, C, splits, SPLITS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """That number of :func:`load_sums` and the next one, added up over every pool."""
-    lanes = tl.expand_dims(tl.arange(0, MEMBERS), 0)
-    total = tl.zeros((exists.shape[0], MEMBERS), tl.float32)
-    following = tl.zeros((exists.shape[0], MEMBERS), tl.float32)
-    for start in range(0, size, MEMBERS):
-        member = start + lanes
-        inside = tl.expand_dims(exists, 1) & (member < size)
-        at = tl.expand_dims(first, 1) + member * stride
+    """Means over one sample of the gradients of mean and variance, vectors of one."""
+    lanes = tl.expand_dims(tl.arange(0, CHANNELS), 0)
+    dmean = tl.zeros((1, CHANNELS), tl.float32)
+    dvar = tl.zeros((1, CHANNELS), tl.float32)
+    for first in range(0, C, CHANNELS):
+        c = first + lanes
+        dmean += load_sums(sums, 0, n * C + c, c < C, N, C, splits, SPLITS)
+        dvar += load_sums(sums, 1, n * C + c, c < C, N, C, splits, SPLITS)
+    return tl.sum(dmean, 1) / C, tl.sum(dvar, 1) / C
+
+
+@triton.jit
+def group_gradients(
+    sums, n, g, N, C, G, splits,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The same over the groups ``g`` of one sample."""
+    size = C // G
+    lanes = tl.expand_dims(tl.arange(0, CHANNELS), 0)
+    dmean = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    dvar = tl.zeros((GROUPS, CHANNELS), tl.float32)
+    for first in range(0, size, CHANNELS):
+        member = first + lanes
+        inside = tl.expand_dims(g < G, 1) & (member < size)
+        at = n * C + tl.expand_dims(g * size, 1) + member
+        dmean += load_sums(sums, 0, at, inside, N, C, splits, SPLITS)
+        dvar += load_sums(sums, 1, at, inside, N, C, splits, SPLITS)
+    return tl.sum(dmean, 1) / size, tl.sum(dvar, 1) / size
+
+
+@triton.jit
+def channel_sums(
+    sums, number: tl.constexpr, c, exists, N, C, splits,
+    SPLITS: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A number of :func:`load_sums` added up over the batch, for the channels ``c``."""
+    lanes = tl.expand_dims(tl.arange(0, SAMPLES), 1)
+    total = tl.zeros((SAMPLES, CHANNELS), tl.float32)
+    for first in range(0, N, SAMPLES):
+        n = first + lanes
+        inside = (n < N) & tl.expand_dims(exists, 0)
+        at = n * C + tl.expand_dims(c, 0)
         total += load_sums(sums, number, at, inside, N, C, splits, SPLITS)
-        following += load_sums(sums, number + 1, at, inside, N, C, splits, SPLITS)
-    return tl.sum(total, 1), tl.sum(following, 1)
+    return tl.sum(total, 0)
