@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from decided_models import decided_model, demo_config, relative_difference
+from since import EXPORT
 
 from ssn_plugin import SSN, collapse_ssn, hold_ratios
 from ssn_plugin.jobs.export import Features, Logits
@@ -12,6 +13,7 @@ from ssn_plugin.jobs.export import Features, Logits
 
 @torch.no_grad()
 @pytest.mark.slow
+@EXPORT
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
 def test_demo_networks(scope):
     model = decided_model(demo_config(scope, correction=1))
