@@ -1,7 +1,7 @@
 """SSN: the layer that learns which normalizer it is."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,9 +41,13 @@ class _Known(NamedTuple):
     versions: tuple[int, ...]
 
 
-def _versions(selection: Selection) -> tuple[int, ...]:
-    _, mean_fixed, var_fixed, mean_choice, var_choice = selection
-    return mean_fixed._version, var_fixed._version, mean_choice._version, var_choice._version
+def _versions(buffers: Mapping[str, Tensor]) -> tuple[int, ...]:
+    return (
+        buffers['mean_fixed']._version,
+        buffers['var_fixed']._version,
+        buffers['mean_choice']._version,
+        buffers['var_choice']._version,
+    )
 
 
 class SSN(SwitchableNorm):
@@ -163,7 +167,7 @@ class SSN(SwitchableNorm):
 
     def _control(self) -> Control:
         selection = self._selection()
-        known = self._known_beside(selection) or (None, None)
+        known = self.known_choices() or (None, None)
         control = self._tensor('mean_weight'), self._tensor('var_weight')
         return Control(*control, 'sparsestmax', selection, known)
 
@@ -174,13 +178,10 @@ class SSN(SwitchableNorm):
         None for both where something wrote to the buffers since they were read last, as a broadcast
         or an averaging of models does. :func:`ssn_plugin.set_radius` reads them again.
         """
-        return self._known_beside(self._selection())
-
-    def _known_beside(self, selection: Selection) -> Choices | None:
         known = self._known
         if known is None or is_compiling():  # which cannot ask for versions
             return known and known.choices
-        return known.choices if known.versions == _versions(selection) else None
+        return known.choices if known.versions == _versions(self._buffers) else None
 
     def learn_choices(self, choices: Choices | None = None) -> None:
         """Note the choices that the buffers hold, to spare work later.
@@ -193,7 +194,7 @@ class SSN(SwitchableNorm):
         # Tensors made in inference mode have no version counter.
         if not has_values(*selection) or any(tensor.is_inference() for tensor in selection):
             return
-        self._known = _Known(choices or self._read_choices(), _versions(selection))
+        self._known = _Known(choices or self._read_choices(), _versions(self._buffers))
 
     def _choices(self) -> Choices:
         known = self.known_choices()
