@@ -36,8 +36,8 @@ def install(venv: Path, version: str) -> None:
     subprocess.run(command, check=True, env=os.environ | {'PIP_REQUIRE_VIRTUALENV': '1'})
 
 
-def test(venv: Path, arguments: list) -> str:
-    """Run the tests and return what came of them, in a line."""
+def test(venv: Path, arguments: list) -> tuple[str, bool]:
+    """Run the tests and return what came of them: a line, and whether all passed."""
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     python = venv / 'bin' / 'python'
     code = 'import torch, numpy; print("torch", torch.__version__, "| numpy", numpy.__version__)'
@@ -51,7 +51,8 @@ def test(venv: Path, arguments: list) -> str:
             sys.stdout.write(line)
             last = line
     counts = ', '.join(COUNTS.findall(last)) or last.strip()
-    return f'| {named.stdout.strip()} | {datetime.date.today()} | {counts} |'
+    line = f'| {named.stdout.strip()} | {datetime.date.today()} | {counts} |'
+    return line, process.returncode == 0
 
 
 def main() -> None:
@@ -76,19 +77,20 @@ def main() -> None:
     args = parser.parse_args()
     if not args.folder.is_dir():
         sys.exit(f'test_torch_versions.py: --folder: no such folder: {args.folder}')
-    lines = []
+    told = []
     for version in args.versions or VERSIONS:
         venv = args.folder.resolve() / f'.venv-torch-{version}'
         try:
             install(venv, version)
-            lines.append(test(venv, args.pytest))
+            told.append(test(venv, args.pytest))
         except (OSError, subprocess.CalledProcessError) as error:
-            lines.append(f'| torch {version} | {datetime.date.today()} | not run: {error} |')
+            line = f'| torch {version} | {datetime.date.today()} | not run: {error} |'
+            told.append((line, False))
         finally:
             if not args.keep:
                 shutil.rmtree(venv, ignore_errors=True)
-    print('\n'.join(lines))
-    if not all(' passed' in line and ' failed' not in line for line in lines):
+    print('\n'.join(line for line, _ in told))
+    if not all(passed for _, passed in told):
         sys.exit('test_torch_versions.py: not every version passed')
 
 
