@@ -25,8 +25,9 @@ demo: setup  ## train Mask R-CNN with SSN on the demo data, evaluate, draw
 demo-seg: setup  ## the same with DeepLabV3+
 	$(RUN) tools/demo.py seg
 
-# A process per core, of one thread each; what a file sets up is set up once.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A process per core, of one thread each; what a file sets up is set up once; files in the order of
+# tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## the test suite; in CI with the two demo trainings, which have targets of their own
 	$(PYTEST) -m 'not demo'
