@@ -52,6 +52,35 @@ def test_the_scan_sees_them(tmp_path):
     assert names_in(file) == {'os', 'fcntl', 'os.fork', 'os.sysconf'}
 
 
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.name)
+def test_no_path_is_taken_apart_at_slashes(file):
+    taking_apart = {'split', 'rsplit', 'partition', 'rpartition'}
+    for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            given = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+            if node.func.attr in taking_apart and '/' in given:
+                # The one exception: a metric's name in TensorBoard, such as coco/bbox_mAP.
+                assert file.name == 'run_report.py', (file, node.lineno)
+
+
+@pytest.mark.parametrize('prefix', ['', 'bn2ssn://', 'named_bn://', 'named_bn://bn2ssn://'])
+@pytest.mark.parametrize('path', ['C:\\runs\\bn.pth', '\\\\server\\runs\\bn.pth'])
+def test_windows_names_of_weights(prefix, path, tmp_path, monkeypatch):
+    """On Linux such a name is that of a file in the working directory."""
+    from mmengine.runner import CheckpointLoader
+
+    monkeypatch.chdir(tmp_path)
+    layer = nn.BatchNorm2d(4).state_dict() | {'weight': torch.randn(4)}
+    state = {'conv1.weight': torch.randn(4, 4, 3, 3)}
+    with open(path, 'wb') as file:  # torch would look for the folder
+        torch.save(state | {f'bn1.{key}': value for key, value in layer.items()}, file)
+    found = CheckpointLoader.load_checkpoint(prefix + path)
+    name = 'sn1' if prefix == 'bn2ssn://' else 'bn1'
+    found = found.get('state_dict', found)
+    assert torch.equal(found[f'{name}.weight'].flatten(), layer['weight'])
+    assert torch.equal(read_checkpoint(path)['bn1.weight'], layer['weight'])
+
+
 def test_a_checkpoint_where_no_folder_can_be_opened(tmp_path, monkeypatch):
     really = os.open
 
