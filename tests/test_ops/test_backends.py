@@ -16,7 +16,7 @@ from ssn_plugin import SN, SSN, set_radius, switchable_norm
 from ssn_plugin.ops.switchable_norm import dispatch as ops
 from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton import launch as switchable_norm_triton
-from ssn_plugin.torch_versions import COMPILES_LAYERS
+from ssn_plugin.torch_versions import COMPILES_LAYERS, VERSION
 
 require_kernels()
 pytestmark = pytest.mark.filterwarnings('ignore:.*encountered in:RuntimeWarning')  # of NumPy
@@ -246,8 +246,8 @@ def test_fake_tensors_are_left_to_aten(monkeypatch):
     with FakeTensorMode(), torch.device('cuda'), torch.no_grad():
         x = torch.empty(SHAPE)
         assert ops._fused(x) is None
-        if torch.version.cuda is None:
-            return  # a build of torch for the CPU has no operators for it
+        if torch.version.cuda is None or VERSION < (2, 11):
+            return  # no operators for it, or some that ask the device
         for layer in (SSN(6), SSN(6).eval(), SN(6)):
             y = layer(x)
             assert (y.shape, y.device) == (x.shape, x.device)
