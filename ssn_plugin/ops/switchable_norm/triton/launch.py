@@ -640,7 +640,7 @@ def forward(
         launches = launches[-1:]
     direct.run(launches, *call)
     if tracks:
-        for buffer, updated in zip((running_mean, running_var), given[-3:], strict=False):
+        for buffer, updated in zip((running_mean, running_var), given[-3:-1], strict=True):
             if buffer is not updated:
                 buffer.copy_(updated)
     return y, saved, count
