@@ -281,7 +281,7 @@ def test_quantization(benchmark, monkeypatch, tmp_path, capsys):
         pytest.importorskip(name)
     script = benchmark('quantization')
     config = small_segmentor()
-    for loader in (config.train_dataloader, config.val_dataloader):
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset.update(
             data_root=str(tmp_path), data_prefix=dict(img_path='images', seg_map_path='labels'),
             img_suffix='.png', seg_map_suffix='.png',
