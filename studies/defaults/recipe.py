@@ -85,12 +85,17 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     if not screened:
         runs = list(_most_decisive_first(size, runs))
     runs += _confirmation(size, best)
-    runs += _learning_rates(size, best, rows)
-    cells = (*SCREENING_CELLS, LATER_CELL)
-    runs += [run_of(size, rule, cell, seed) for cell in cells for rule in LEVER_RULES]
-    runs += _other_backbones(size, best)
+    quick = [(t, b) for t in ('seg', 'det', 'cls') for b in BATCHES[t] if (t, b) != LATER_CELL]
+    runs += [run_of(size, norm, ('cls', PRETRAINED_BATCH), seed) for norm in NORMS]
+    runs += _learning_rates(size, best, quick, rows)
+    levers = [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LEVER_RULES]
+    runs += [*levers, *_other_backbones(size, best, RELEASED)]
+    if screened and all_done(levers, rows):
+        runs += _second(size, best, rows)
+    runs += _learning_rates(size, best, [LATER_CELL], rows)
+    runs += _other_backbones(size, best, LIVE)
     runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LATER_RULES]
-    runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*RULES, *LATER_RULES)]
+    runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*LEVER_RULES, *RULES, *LATER_RULES)]
     return list(_unique(runs))
 
 
@@ -123,32 +128,55 @@ def _confirmation(size: str, rule: str) -> Iterator[Row]:
                 yield run_of(size, norm, cell, 2)
 
 
-def _other_backbones(size: str, rule: str) -> Iterator[Row]:
-    for kind in (RELEASED, LIVE):
+def _other_backbones(size: str, rule: str, kind: str) -> Iterator[Row]:
+    for seed in CONFIRMATION:
+        if kind == RELEASED:
+            yield run_of(size, PAPER, ('cls', PRETRAINED_BATCH), seed)
+        for task in ('seg', 'det'):
+            for batch in reversed(BATCHES[task]):
+                yield run_of(size, rule, (task, batch), seed, kind)
+
+
+def _second(size: str, rule: str, rows: Sequence[Row]) -> Iterator[Row]:
+    """The lever, if one scored above the rule itself, in detection, with its backbones."""
+    lever = max(LEVER_RULES, key=lambda name: screening_mean(size, name, rows))
+    if screening_mean(size, lever, rows) > screening_mean(size, rule, rows):
         for seed in CONFIRMATION:
-            if kind == RELEASED:
-                yield run_of(size, PAPER, ('cls', PRETRAINED_BATCH), seed)
-            for task in ('seg', 'det'):
-                for batch in reversed(BATCHES[task]):
-                    yield run_of(size, rule, (task, batch), seed, kind)
+            for cell in (('cls', PRETRAINED_BATCH), *(('det', b) for b in BATCHES['det'])):
+                yield run_of(size, lever, cell, seed)
 
 
-def _learning_rates(size: str, rule: str, rows: Sequence[Row]) -> Iterator[Row]:
+def _learning_rates(
+    size: str, rule: str, cells: Sequence[tuple[str, int]], rows: Sequence[Row]
+) -> Iterator[Row]:
     """Each at every factor with the seed of the screening, then its best with the others."""
-    names = (rule, *NORMS)
-    seed = SCREENING[0]
-    cells = [(task, batch) for task in ('seg', 'det', 'cls') for batch in BATCHES[task]]
-    pairs = [(name, cell) for cell in cells for name in names if possible(name, cell)]
-    for norm in NORMS:
-        yield run_of(size, norm, ('cls', PRETRAINED_BATCH), seed)
-    for name, cell in pairs:
-        tried = [run_of(size, name, cell, seed, lr_factor=factor) for factor in LR_FACTORS]
-        yield from tried
-        if all_done(tried, rows):
-            best = max(tried, key=lambda run: score(run, rows))
-            for other in CONFIRMATION:
-                if best['lr_factor'] != 1.0:
-                    yield {**best, 'seed': other}
+    for cell in cells:
+        for name in (rule, *NORMS):
+            if possible(name, cell):
+                yield from _rates(size, name, cell)
+                factor = best_rate(size, name, cell, rows)
+                if factor not in (None, LR_FACTORS[0]):
+                    for seed in CONFIRMATION:
+                        yield run_of(size, name, cell, seed, lr_factor=factor)
+
+
+def _rates(size: str, name: str, cell: tuple[str, int]) -> list[Row]:
+    return [run_of(size, name, cell, SCREENING[0], lr_factor=factor) for factor in LR_FACTORS]
+
+
+def best_rate(size: str, name: str, cell: tuple[str, int], rows: Sequence[Row]) -> float | None:
+    """The factor of the learning rate with the highest score, or None if one has not been run.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        name: A norm or a rule.
+        cell: Task and images per batch.
+        rows: Of results.csv.
+    """
+    tried = _rates(size, name, cell)
+    if not all_done(tried, rows):
+        return None
+    return max(tried, key=lambda run: score(run, rows))['lr_factor']
 
 
 def possible(name: str, cell: tuple[str, int]) -> bool:
@@ -198,12 +226,19 @@ def winner(size: str, rows: Sequence[Row]) -> str:
         size: 'cpu' or 'gpu'.
         rows: Of results.csv; the screening has been run.
     """
+    return max(RULES, key=lambda rule: screening_mean(size, rule, rows))
 
-    def mean(rule: str) -> float:
-        runs = [run_of(size, rule, cell, SCREENING[0]) for cell in SCREENING_CELLS]
-        return sum(score(run, rows) for run in runs) / len(runs)
 
-    return max(RULES, key=mean)
+def screening_mean(size: str, rule: str, rows: Sequence[Row]) -> float:
+    """Mean score over the cells of the screening.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        rule: CANDIDATES@END or CANDIDATES@END+LEVER, which has been run in each of them.
+        rows: Of results.csv.
+    """
+    runs = [run_of(size, rule, cell, SCREENING[0]) for cell in SCREENING_CELLS]
+    return sum(score(run, rows) for run in runs) / len(runs)
 
 
 def pretraining_of(run: Row) -> Row:
