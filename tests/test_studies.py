@@ -972,8 +972,56 @@ def test_tables_of_defaults():
         'lower',
         'no difference seen',
         'one seed',
+        'no difference seen',  # SN is the second best
         'missed',
     ]
-    assert judged['cls, 32 images'][-1] == 'open'
+    assert judged['cls, 32 images'][-2:] == ['not yet run', 'open']
     shown = cells(defaults.screening_table('cpu', rows))
     assert shown[best] == ['31.0', '31.0', '31.0', '31.0', '-']
+
+
+def test_each_norm_is_judged_at_its_best_learning_rate():
+    best = defaults_recipe.RULES[0]
+
+    def runs(name, seeds, factors):
+        return [
+            defaults_recipe.run_of('cpu', name, ('seg', 1), seed, lr_factor=factor)
+            for factor in factors
+            for seed in seeds
+        ]
+
+    rows = [
+        *screening(best),
+        *rows_of(runs(best, [10], [0.5, 2.0]), [20, 20]),  # 31 at the recipe's rate
+        *rows_of(runs('GN', [10], [1.0, 0.5, 2.0]), [30, 20, 40]),
+        *rows_of(runs(best, [0, 1], [1.0, 2.0]), [30, 32, 5, 6]),
+        *rows_of(runs('GN', [0, 1], [1.0, 2.0]), [10, 11, 40, 44]),
+    ]
+    shown = cells(defaults.best_rate_table('cpu', best, rows, defaults.Confirmed(rows, [])))
+    assert shown['seg, 1 image'] == [
+        'x 1: 31.0 (30.0-32.0)',
+        'refused by torch',
+        'x 2: 42.0 (40.0-44.0)',
+        'not yet run',
+        'missed',
+    ]
+
+
+def test_the_lever_that_scores_above_the_rule_is_confirmed_in_detection():
+    best, lever = defaults_recipe.RULES[0], defaults_recipe.LEVER_RULES[3]
+    levers = [
+        defaults_recipe.run_of('cpu', rule, cell, 10)
+        for cell in defaults_recipe.SCREENING_CELLS
+        for rule in defaults_recipe.LEVER_RULES
+    ]
+
+    def confirmed(score):
+        scores = [score if run['rule'] == lever else 20 for run in levers]
+        plan = defaults_recipe.plan('cpu', [*screening(best), *rows_of(levers, scores)])
+        return {(r['task'], r['batch'], r['seed']) for r in plan if r['rule'] == lever} - {
+            (*cell, 10) for cell in (*defaults_recipe.SCREENING_CELLS, defaults_recipe.LATER_CELL)
+        }
+
+    assert not confirmed(30)
+    cells_of_it = [('cls', 32), ('det', 4), ('det', 2), ('det', 1)]
+    assert confirmed(40) == {(*cell, seed) for cell in cells_of_it for seed in (0, 1, 2)}
