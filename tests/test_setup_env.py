@@ -188,6 +188,25 @@ def test_torch_without_torchvision_is_refused_for_pretraining(tmp_path, setup_en
     assert setup_env.torch_requirement('pretrain') == ['torch==2.14.1', 'torchvision==0.29.1']
 
 
+@pytest.mark.parametrize('family', ['original', 'oldest'])
+def test_torch_of_another_environment_does_not_replace_the_oldest(
+    tmp_path, setup_env, monkeypatch, family
+):
+    """SSN_TORCH may be exported for .venv."""
+    monkeypatch.delenv('SSN_TORCH', raising=False)
+    pinned = setup_env.torch_requirement(family)
+    unset = setup_env.fingerprint(family, [])
+    monkeypatch.setenv('SSN_TORCH', 'torch==2.13.0 --index-url https://example.org/whl/cpu')
+    assert setup_env.torch_requirement(family) == pinned
+    assert setup_env.fingerprint(family, []) == unset
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(setup_env.shutil, 'disk_usage', lambda path: usage)
+    [problem] = setup_env.disk_problems(tmp_path, family)
+    assert 'expected 9 or more' in problem  # with CUDA
+    monkeypatch.setenv('SSN_TORCH', 'torch==2.1.2+cpu')
+    assert setup_env.torch_requirement(family) == ['torch==2.1.2+cpu']
+
+
 def test_pretraining_needs_no_compiler(tmp_path, setup_env, monkeypatch):
     monkeypatch.setenv('CXX', 'no-such-compiler')
     setup_env.check_machine(tmp_path / 'venv', 'pretrain')

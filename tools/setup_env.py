@@ -12,7 +12,8 @@ the CUDA build (2.6 GB to download). For another one set SSN_TORCH to what pip s
 
     SSN_TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' make setup
 
-For the family pretrain it has to name torchvision too.
+For the family pretrain it has to name torchvision too. The families original and oldest take it
+only where it names torch==2.1.*, the torch that they are for.
 
 Whoever has an environment with torch and mmcv already needs nothing of this:
 activate it and run "pip install --no-build-isolation --no-deps -e .".
@@ -125,8 +126,11 @@ class SetupError(Exception):
     """Something that the user has to mend, said in one line."""
 
 
-def torch_requirement(family: str) -> list:
-    """Return the arguments that make pip install torch."""
+def given_torch(family: str) -> list:
+    """Return what SSN_TORCH asks of pip for this family, [] where it asks nothing.
+
+    A family that is for torch 2.1 takes no other: the variable may be exported for .venv.
+    """
     text = os.environ.get('SSN_TORCH', '')
     try:
         given = shlex.split(text)
@@ -137,7 +141,13 @@ def torch_requirement(family: str) -> list:
     wanted = FAMILIES[family].torch
     if wanted == 'torchvision' and given and wanted not in text:
         raise SetupError(f'SSN_TORCH is {text!r}, expected {wanted} in it for --family {family}')
-    return given or ['-r', str(ROOT / 'requirements' / f'{wanted}.txt')]
+    return given if wanted != 'torch2.1' or 'torch==2.1.' in text else []
+
+
+def torch_requirement(family: str) -> list:
+    """Return the arguments that make pip install torch."""
+    pinned = ROOT / 'requirements' / f'{FAMILIES[family].torch}.txt'
+    return given_torch(family) or ['-r', str(pinned)]
 
 
 def fingerprint(family: str, extras: list) -> str:
@@ -229,7 +239,7 @@ def build_problems() -> list:
 def disk_problems(venv: Path, family: str) -> list:
     """Return the places with too little room for a fresh environment."""
     home = next(path for path in [venv, *venv.parents] if path.exists())
-    on_cpu = 'cpu' in os.environ.get('SSN_TORCH', '')
+    on_cpu = any('cpu' in word for word in given_torch(family))
     needed = DISK_CPU if on_cpu else FAMILIES[family].disk
     places = dict(zip([home, Path(tempfile.gettempdir())], needed, strict=True))
     if len({place.stat().st_dev for place in places}) == 1:
