@@ -810,6 +810,8 @@ def test_a_norm_gets_other_seeds_at_its_best_learning_rate():
     assert not any(run in before for run in wanted)
     after = defaults_recipe.plan('cpu', [*rows, *rows_of(tried, [30, 20, 31])])
     assert [run for run in after if run in wanted] == wanted
+    for run in wanted:  # behind the pre-training that it starts from
+        assert defaults_recipe.pretraining_of(run) in after[: after.index(run)]
     assert ('seg', 'BN', 1) not in {(run['task'], run['rule'], run['batch']) for run in after}
 
 

@@ -157,7 +157,10 @@ def _learning_rates(
                 factor = best_rate(size, name, cell, rows)
                 if factor not in (None, LR_FACTORS[0]):
                     for seed in CONFIRMATION:
-                        yield run_of(size, name, cell, seed, lr_factor=factor)
+                        run = run_of(size, name, cell, seed, lr_factor=factor)
+                        if cell[0] != 'cls':
+                            yield pretraining_of(run)
+                        yield run
 
 
 def _rates(size: str, name: str, cell: tuple[str, int]) -> list[Row]:
