@@ -38,7 +38,10 @@ def main() -> None:
         print(overview(), file=sys.stderr)
         print(f'{_PROGRAM}: error: TOOL: got {name!r}, expected one of these', file=sys.stderr)
         sys.exit(2)
-    tool = runpy.run_path(str(_TOOLS / f'{name}.py'), run_name=name)
+    try:
+        tool = runpy.run_path(str(_TOOLS / f'{name}.py'), run_name=name)
+    except ModuleNotFoundError as error:
+        sys.exit(f'{name}: {error}: install it, or mmengine, which brings what the tools need')
     sys.argv = [f'{_PROGRAM} {name}', *sys.argv[2:]]  # what its usage shows
     sys.exit(tool['main']())
 

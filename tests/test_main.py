@@ -43,6 +43,14 @@ def test_an_installation_without_tools(monkeypatch, tmp_path):
         command.main()
 
 
+def test_a_package_that_is_missing(monkeypatch):
+    """As all that come with mmengine are where there is torch alone."""
+    monkeypatch.setitem(sys.modules, 'rich.console', None)
+    monkeypatch.setattr(sys, 'argv', ['ssn_plugin', 'collapse', 'a.py', 'b.pth', 'c.pth'])
+    with pytest.raises(SystemExit, match=r'^collapse: .*rich.*mmengine'):
+        command.main()
+
+
 def test_it_does_what_the_script_does(tmp_path):
     (tmp_path / 'file').write_text('no checkpoint')
     arguments = ['inspect_checkpoint', str(tmp_path / 'file')]

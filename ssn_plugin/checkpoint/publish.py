@@ -1,5 +1,6 @@
 """A training checkpoint as a small backbone file that tells what is in it."""
 
+import ctypes
 import hashlib
 import os
 from collections import OrderedDict
@@ -7,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_entry, weights_in, write_checkpoint
@@ -93,5 +93,6 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key, value in state.items():
         digest.update(key.encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        value = value.contiguous()
+        digest.update(ctypes.string_at(value.data_ptr(), value.nbytes))  # numpy may be missing
     return digest.hexdigest()
