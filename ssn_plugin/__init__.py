@@ -2,8 +2,8 @@
 
 ``custom_imports = dict(imports=['ssn_plugin'])`` in a config registers the layers ('SSN', 'SSN1d',
 'SSN2d', 'SSN3d', 'SyncSSN', 'SN'), the backbone 'SSNResNet', the classifier head
-'DropoutLinearClsHead', the builder 'CollapsedSSN', the hooks 'SSNRadiusHook', 'SSNRatioHook',
-'SSNResumeHook', 'SSNCheckpointHook' and 'PreciseStatsHook', and the constructor
+'DropoutLinearClsHead', the builders 'ConvertedSSN' and 'CollapsedSSN', the hooks 'SSNRadiusHook',
+'SSNRatioHook', 'SSNResumeHook', 'SSNCheckpointHook' and 'PreciseStatsHook', and the constructor
 'SSNOptimWrapperConstructor'.
 """
 

@@ -71,7 +71,8 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
 
     Args:
         checkpoint: A state dict, or a dict with one under 'state_dict' (training scripts,
-            mmengine), 'model' (torchvision's scripts) or whatever name, if there is no other.
+            mmengine), 'model' (torchvision's scripts) or whatever name, if there is no other; or
+            with such a dict under 'state_dict' or 'model'.
         path: Where it is from, for the error.
 
     Raises:
@@ -79,6 +80,8 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     """
     entry = weights_entry(checkpoint)
     state = checkpoint if entry is None else checkpoint[entry]
+    if entry is not None and not _is_state(state):
+        return weights_in(state, path)
     if not _is_state(state):
         several = [name for name, value in checkpoint.items() if _is_state(value)]
         held = f'several state dicts, {", ".join(several)}: save the one to take by itself'

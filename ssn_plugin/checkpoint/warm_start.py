@@ -225,9 +225,14 @@ def warm_start(
     lacking = {key.rpartition('.')[0] for key in (*missing, *misshapen)}
     filled = [name for name in layers if name not in lacking]
     wrong = [text for key, text in misshapen.items() if key.rpartition('.')[0] in layers]
+    if not layers:
+        raise CheckpointError(
+            f"{path}: the model has no SSN layer to fill: set norm_cfg=dict(type='SSN') in it or, "
+            "where it has no norm_cfg, type='ConvertedSSN' and network=... for its type"
+        )
     if wrong or not filled:
         norms = [name for name, kind in norm_layers(state).items() if kind == 'SSN']
-        why = shown(wrong) or f'it has {shown(norms)}, the model {shown(layers) or "none"}'
+        why = shown(wrong) or f'it has {shown(norms)}, the model {shown(layers)}'
         raise CheckpointError(
             f'{path}: its norms fill {len(filled)} of {len(layers)} SSN layers: {why}'
         )

@@ -26,6 +26,8 @@ from ssn_plugin.layers.switch_norm import SN
 from ssn_plugin.layers.sync_ssn import SyncSSN
 from ssn_plugin.models.collapsed_model import NAME as COLLAPSED
 from ssn_plugin.models.collapsed_model import build_collapsed_ssn
+from ssn_plugin.models.converted_model import NAME as CONVERTED
+from ssn_plugin.models.converted_model import build_converted_ssn
 from ssn_plugin.models.dropout_head import build_dropout_linear_cls_head
 from ssn_plugin.models.named_bn import GNNamedBN, SNNamedBN, SSNNamedBN, SyncSSNNamedBN
 from ssn_plugin.models.resnet import build_ssn_resnet
@@ -37,6 +39,7 @@ for _named in (SSNNamedBN, SyncSSNNamedBN, SNNamedBN, GNNamedBN):
 MODELS.register_module(name='SSNResNet', module=build_ssn_resnet)
 MODELS.register_module(name='DropoutLinearClsHead', module=build_dropout_linear_cls_head)
 MODELS.register_module(name=COLLAPSED, module=build_collapsed_ssn)
+MODELS.register_module(name=CONVERTED, module=build_converted_ssn)
 for _hook in (
     SSNStartHook,
     SSNRadiusHook,

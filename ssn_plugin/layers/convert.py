@@ -1,7 +1,7 @@
 """Turns layers of a model into others: BatchNorm into SSN, SSN into SyncSSN and back."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -50,11 +50,11 @@ def convert_batch_norm(
     be (N, C), where IN would take its variance over one number. A BatchNorm whose weight requires
     no gradient is frozen: its ratios would never move, so it becomes an SSN decided for BN.
 
-    Hooks on the forward and the backward pass stay. A subclass with a forward pass of its own is
-    left as it is, and so is a layer whose weight is computed (parametrized, pruned), with a warning
-    that names them; but one that goes on with ``drop`` and ``act``, as timm's BatchNormAct2d does,
-    becomes a sequence of SSN and these two. Norms that hold constants in place of parameters, as
-    torchvision's FrozenBatchNorm2d does, stay.
+    Hooks on the forward and the backward pass stay. Left as they are, with a warning that names
+    them, are a subclass with a forward pass of its own, a layer whose weight is computed
+    (parametrized, pruned), and what lies in a plain list alone. But one that goes on with ``drop``
+    and ``act``, as timm's BatchNormAct2d does, becomes a sequence of SSN and these two. Norms that
+    hold constants in place of parameters, as torchvision's FrozenBatchNorm2d does, stay.
 
     Args:
         model: Any module; changed in place.
@@ -84,6 +84,13 @@ def convert_batch_norm(
         warnings.warn(
             f'convert_batch_norm: left {len(foreign)} layers as they are, which have a forward '
             f'pass of their own or a computed weight ({kinds}): {", ".join(foreign)}',
+            stacklevel=2,
+        )
+    hidden = _hidden(model)
+    if hidden:
+        warnings.warn(
+            f'convert_batch_norm: left the BatchNorms in {", ".join(hidden)}, which are no modules '
+            'of the model: keep them in a ModuleList or a ModuleDict',
             stacklevel=2,
         )
     made = {
@@ -183,8 +190,29 @@ def _as_ssn(
     return made
 
 
+def _hidden(model: nn.Module) -> list[str]:
+    """Attributes in which parts of a model hold BatchNorms that it does not know as its modules."""
+    known = set(model.modules())
+    return [
+        f'{name}.{attribute}'.removeprefix('.')
+        for name, part in model.named_modules()
+        for attribute, value in vars(part).items()
+        for held in _values(value)
+        if isinstance(held, nn.Module)
+        and any(isinstance(m, _BatchNorm) and m not in known for m in held.modules())
+    ]
+
+
+def _values(held: object) -> Iterable:
+    if isinstance(held, dict):
+        return held.values()
+    return held if isinstance(held, list | tuple) else (held,)
+
+
 def replace_layers(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put new layers in the places of old ones, wherever a module holds them.
+
+    That may be in an attribute or a plain list too, by which its forward pass goes.
 
     Args:
         model: Any module; changed in place.
@@ -193,10 +221,18 @@ def replace_layers(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.
     Returns:
         The model; a new layer if the model itself is replaced.
     """
+
+    def new(value: object) -> object:
+        return made.get(value, value) if isinstance(value, nn.Module) else value
+
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in made:
-                parent._modules[name] = made[child]
+        for name, value in list(vars(parent).items()):
+            if isinstance(value, dict):
+                value.update({key: new(v) for key, v in value.items() if new(v) is not v})
+            elif isinstance(value, list):
+                value[:] = map(new, value)
+            elif type(value) is tuple or isinstance(value, nn.Module):
+                vars(parent)[name] = tuple(map(new, value)) if type(value) is tuple else new(value)
     return made.get(model, model)
 
 

@@ -134,6 +134,14 @@ def test_weights_in(entry, prefix):
     assert list(weights_in(checkpoint, 'f')) == list(STATE)
 
 
+@pytest.mark.parametrize('outer', ['model', 'state_dict'])
+@pytest.mark.parametrize('inner', ['model', 'state_dict', 'net'])
+def test_weights_within_what_bears_their_name(outer, inner):
+    checkpoint = {'epoch': 1, outer: {'epoch': 1, inner: STATE}}
+    assert list(weights_in(checkpoint, 'f')) == list(STATE)
+    assert weights_entry(checkpoint) == outer
+
+
 def test_names_of_wrapped_parts():
     names = ('layer1._fsdp_wrapped_module.0.bn1', 'module.layer1._checkpoint_wrapped_module.0.bn1')
     for name in names:

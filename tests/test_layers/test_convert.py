@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from ssn_plugin import SSN, SSN1d, SSN2d, SSN3d, SyncSSN, convert_batch_norm, set_radius
+from ssn_plugin import (
+    SSN,
+    SSN1d,
+    SSN2d,
+    SSN3d,
+    SyncSSN,
+    collapse_ssn,
+    convert_batch_norm,
+    set_radius,
+)
 from ssn_plugin.layers.plain_norms import BatchNorm
 
 
@@ -172,6 +181,52 @@ def test_layers_with_a_forward_pass_of_their_own():
     assert [type(m) for m in model] == [nn.Sequential, InHalf, SSN2d]
     assert torch.equal(model(x), expected)
     assert not any(module.training for module in model.modules())
+
+
+class HoldsInLists(nn.Module):
+    """A norm that is a module and held besides, by which the forward pass goes."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.norm = trained(nn.BatchNorm2d(8))
+        object.__setattr__(self, 'held', hold(self.norm))  # as nn.Module itself would not
+
+    def forward(self, x):
+        held = self.held
+        while not isinstance(held, nn.Module):
+            held = held['a' if isinstance(held, dict) else 0]
+        return held(x)
+
+
+@pytest.mark.parametrize(
+    'hold', [lambda n: n, lambda n: [n], lambda n: (n, 1), lambda n: dict(a=n)],
+    ids=['attribute', 'list', 'tuple', 'dict'],
+)  # fmt: skip
+def test_where_else_a_module_holds_a_layer(hold, recwarn):
+    model, x = HoldsInLists(hold).eval(), torch.randn(2, 8, 5, 5)
+    expected = model(x)
+    convert_batch_norm(model, 1)
+    seen = []
+    model.norm.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model(x), expected)
+    assert seen == [1]
+    model.norm.select('BN', 'BN')
+    collapse_ssn(model)
+    assert type(model.norm) is nn.BatchNorm2d
+    model.norm.register_forward_hook(lambda *_: seen.append(2))
+    assert torch.equal(model(x), expected)
+    assert seen == [1, 2]
+    assert not recwarn.list
+
+
+def test_what_is_no_module_of_the_model_is_left_and_said():
+    norm = nn.Sequential(trained(nn.BatchNorm2d(8)))
+    model = nn.Sequential(nn.BatchNorm2d(8), HoldsInLists(lambda _: [norm]))
+    del model[1].norm
+    with pytest.warns(UserWarning, match=r'in 1.held, .*in a ModuleList'):
+        convert_batch_norm(model)
+    assert isinstance(model[0], SSN)
+    assert type(norm[0]) is nn.BatchNorm2d
 
 
 class Doubled(nn.Module):

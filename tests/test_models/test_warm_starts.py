@@ -20,9 +20,11 @@ from tool_runs import run_here
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ssn_plugin import SSN, set_radius
+from ssn_plugin import SSN, collapse_ssn, set_radius
+from ssn_plugin.deploy.collapse import choices_of
 from ssn_plugin.errors import CheckpointError
 from ssn_plugin.layers.convert import control_of_bn
+from ssn_plugin.models.collapsed_model import collapsed_config
 
 NORMS = {'BN', 'SyncBN', 'BN1d'}
 BN = dict(type='BN')
@@ -110,7 +112,8 @@ def as_trained(model):
     generator = torch.Generator().manual_seed(2)
     for name, value in model.state_dict().items():
         if not value.is_floating_point():
-            value.fill_(7)
+            if name.endswith('num_batches_tracked'):
+                value.fill_(7)
             continue
         noise = torch.rand(value.shape, generator=generator)
         if value.dim() > 1:
@@ -545,3 +548,55 @@ def test_a_norm_under_several_names(tmp_path, log):
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert_same_outputs(made_exact(model)(x), network(x))
+
+
+# ---------------------------------------------------------------- networks without norm_cfg
+
+
+@MODELS.register_module()
+class NamesBatchNorm(BaseModule):
+    def __init__(self, init_cfg=None):
+        super().__init__(init_cfg)
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.bn2 = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn2(self.stem(x))
+
+
+WITHOUT_NORM_CFG = {
+    'mmengine': {'NamesBatchNorm': dict()},
+    'mmpretrain': {
+        'MobileViT': dict(arch='xx_small'),
+        'LeViT': dict(arch='128s', img_size=64),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ('host', 'kind'), [(host, kind) for host, kinds in WITHOUT_NORM_CFG.items() for kind in kinds]
+)
+def test_networks_that_name_batch_norm_in_their_code(host, kind, tmp_path, log):
+    pytest.importorskip(host)
+    config = dict(type=kind, **WITHOUT_NORM_CFG[host][kind])
+    network = as_trained(build(host, config))
+    path = save(network.state_dict(), tmp_path / 'bn.pth')
+    config['init_cfg'] = dict(type='Pretrained', checkpoint=f'bn2ssn://{path}')
+    with pytest.raises(CheckpointError, match=r"norm_cfg.* type='ConvertedSSN' and network="):
+        build(host, config).init_weights()
+    model = build(host, config | dict(type='ConvertedSSN', network=kind))
+    model.init_weights()
+    norms = sum(isinstance(module, _BatchNorm) for module in network.modules())
+    assert sum(isinstance(module, SSN) for module in model.modules()) == norms > 1
+    assert log['WARNING'] == []
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_same_outputs(made_exact(model)(x), network(x))
+    # and its collapsed config
+    set_radius(model, 1.0)
+    again = Config(dict(model=config | dict(type='ConvertedSSN', network=kind)))
+    collapsed = build(host, collapsed_config(again, choices_of(model)).model)
+    collapsed.load_state_dict(collapse_ssn(copy.deepcopy(model)).state_dict())
+    collapsed.eval()
+    with torch.no_grad():
+        assert_same_outputs(collapsed(x), network(x))
