@@ -192,7 +192,7 @@ def rate_table(size: str, best: str, rows: Sequence[RowText]) -> str:
     lines = []
     for task, batches in BATCHES.items():
         for batch in batches:
-            for name in (best, *NORMS):
+            for name in dict.fromkeys((best, *RULES, *NORMS)):
                 if possible(name, (task, batch)):
                     runs = [
                         run_of(size, name, (task, batch), SCREENING[0], lr_factor=factor)

@@ -36,6 +36,8 @@ PUBLISHED = {'cls': (0, 1, 2), 'seg': (0, 1), 'det': (0, 1)}
 SCREENING_CELLS = (('cls', 32), ('seg', 1), ('det', 1))
 LATER_CELL = ('cls', 2)
 LR_FACTORS = (1.0, 0.5, 2.0)
+# Where the first rule's training is disturbed at the largest rate: whether its early end is why.
+DISTURBED_CELLS = (('seg', 4), ('seg', 2), ('det', 4))
 
 
 def run_of(
@@ -87,6 +89,8 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     runs += _confirmation(size, best)
     quick = [(t, b) for t in ('seg', 'det', 'cls') for b in BATCHES[t] if (t, b) != LATER_CELL]
     runs += [run_of(size, norm, ('cls', PRETRAINED_BATCH), seed) for norm in NORMS]
+    slow = RULES[2]
+    runs += [run_of(size, slow, c, seed, lr_factor=f) for c in DISTURBED_CELLS for f in (1.0, 2.0)]
     runs += _learning_rates(size, best, quick, rows)
     levers = [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LEVER_RULES]
     runs += [*levers, *_other_backbones(size, best, RELEASED)]
