@@ -12,9 +12,12 @@ class CheckpointError(ValueError):
 def in_one_line(error: Exception) -> str:
     """Return the kind of an error that other code raised, and the first line of its text.
 
+    Lines without a letter are passed over.
+
     Example:
         >>> from ssn_plugin.errors import in_one_line
         >>> in_one_line(KeyError('no such key'))
         "KeyError: 'no such key'"
     """
-    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
+    lines = (line.strip() for line in str(error).splitlines())
+    return f'{type(error).__name__}: {next(filter(None, lines), "")}'

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ssn_plugin.layers.switchable import UNNAMED_CANDIDATES
 from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
 
-# Where nothing names the candidates, these are the defaults for so many of them.
-_DEFAULTS = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
 _LAYER_TYPE = re.compile(r'^([\w.]+\.)?(Sync)?SS?N([123]d)?$')
 
 
@@ -41,7 +40,7 @@ class Candidates(NamedTuple):
         if len(self.layers.get(layer, ())) == count:
             return self.layers[layer]
         if not (self.backbone or self.configured):
-            return _DEFAULTS.get(count, ())
+            return UNNAMED_CANDIDATES.get(count, ())
         if len(self.backbone) == count and (
             not self.configured
             or layer.startswith('backbone.')
@@ -144,7 +143,7 @@ def configured_candidates(config: str) -> dict[int, tuple[str, ...]]:
     found: dict[int, set[tuple[str, ...]]] = {}
     for entries in _dicts(tree):
         if isinstance(entries.get('type'), str) and _LAYER_TYPE.match(entries['type']):
-            names = tuple(entries.get('normalizers') or _DEFAULTS[3])
+            names = tuple(entries.get('normalizers') or UNNAMED_CANDIDATES[3])
             found.setdefault(len(names), set()).add(names)
     return {count: names.pop() if len(names) == 1 else () for count, names in found.items()}
 

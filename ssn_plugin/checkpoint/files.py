@@ -98,6 +98,12 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     return weights
 
 
+def meta_in(checkpoint: Mapping) -> Mapping:
+    """What a checkpoint tells beside its weights, under ``meta``; nothing where that is no dict."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, Mapping) else {}
+
+
 def _is_state(value: object) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor
 
 from ssn_plugin.checkpoint.candidates import Candidates, candidate_names
-from ssn_plugin.checkpoint.files import md5_of, read_checkpoint, weights_entry, weights_in
+from ssn_plugin.checkpoint.files import md5_of, meta_in, read_checkpoint, weights_entry, weights_in
 from ssn_plugin.checkpoint.layout import backbone_of, describe, is_classifier, norm_layers, shown
 from ssn_plugin.checkpoint.release import RELEASES
 from ssn_plugin.checkpoint.selection import Selected, histogram, selections
@@ -83,10 +83,10 @@ def _origin(path: str, md5: str, checkpoint: Mapping, weights: Mapping[str, Tens
         )
     if os.path.basename(path) in {release.name for release in RELEASES.values()}:
         return 'bears the name of a released file, but has another MD5 sum'
-    meta = checkpoint.get('meta')
-    if isinstance(meta, Mapping) and 'ssn_plugin' in meta:
+    meta = meta_in(checkpoint)
+    if 'ssn_plugin' in meta:
         return f'written by ssn_plugin {meta["ssn_plugin"]}: {meta.get("made_by", "published")}'
-    if isinstance(meta, Mapping) and 'mmengine_version' in meta:
+    if 'mmengine_version' in meta:
         iteration, epoch = meta.get('iter'), meta.get('epoch')
         # mmengine writes the commit of the current folder right behind its version.
         version = re.sub(r'([0-9a-f]{40}|unknown)$', '', str(meta['mmengine_version']))

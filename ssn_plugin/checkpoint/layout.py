@@ -16,10 +16,10 @@ _DEPTHS = {
     (True, (3, 4, 23, 3)): 101,
     (True, (3, 8, 36, 3)): 152,
 }
-# Classifiers: torchvision, timm and the releases; mmpretrain.
 # What holds a weight and a bias for each channel and nothing else.
 _UNTRACKED = 'LN, GN or IN'
 _GROUP_NORM = re.compile(r'(?:^|\.)gn\d*$')
+# Of torchvision, timm and the releases; of mmpretrain.
 _CLASSIFIER = re.compile(r'^(fc|head\.fc)\.(weight|bias)$')
 
 

@@ -14,7 +14,7 @@ from ssn_plugin.checkpoint.candidates import (
     configured_candidates,
     recorded_candidates,
 )
-from ssn_plugin.checkpoint.files import weights_entry
+from ssn_plugin.checkpoint.files import meta_in, weights_entry
 from ssn_plugin.checkpoint.selection import Selected
 from ssn_plugin.layers.switchable import SwitchableNorm
 
@@ -50,9 +50,7 @@ def told_traits(checkpoint: Mapping) -> dict[str, object]:
     Args:
         checkpoint: What a file holds.
     """
-    meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, Mapping) else {}
-    told = {}
+    meta, told = meta_in(checkpoint), {}
     if are_candidates(meta.get('normalizers')):
         told['normalizers'] = list(meta['normalizers'])
     if meta.get('stem_padding') in (0, 1):
@@ -71,9 +69,7 @@ def told_candidates(checkpoint: Mapping) -> Candidates:
         >>> told_candidates({'meta': {'normalizers': ['BN', 'LN']}, 'state_dict': {}})
         Candidates(backbone=('BN', 'LN'), configured={}, layers={})
     """
-    meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, Mapping) else {}
-    config, entry = meta.get('cfg'), weights_entry(checkpoint)
+    config, entry = meta_in(checkpoint).get('cfg'), weights_entry(checkpoint)
     return Candidates(
         tuple(told_traits(checkpoint).get('normalizers', ())),
         configured_candidates(config) if isinstance(config, str) else {},
@@ -92,8 +88,7 @@ def told_selection(checkpoint: Mapping) -> dict[str, Selected]:
         >>> told_selection({'meta': {'collapsed': {'sn1': ('LN', 'BN')}}})
         {'sn1': Selected(mean='LN', var='BN')}
     """
-    meta = checkpoint.get('meta')
-    told = meta.get('collapsed') if isinstance(meta, Mapping) else None
+    told = meta_in(checkpoint).get('collapsed')
     if not isinstance(told, Mapping):
         return {}
     return {

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ssn_plugin.checkpoint.files import meta_in
 from ssn_plugin.checkpoint.layout import norm_layers, places_of, shown
 from ssn_plugin.checkpoint.matching import check_shortcuts, in_names_of, key_differences
 from ssn_plugin.errors import CheckpointError
@@ -135,8 +136,7 @@ class Fitted(NamedTuple):
 
 def bn_ratio_of(checkpoint: Mapping) -> float | None:
     """The importance ratio of BN in a checkpoint that was converted; None for others."""
-    meta = checkpoint.get('meta')
-    ratio = meta.get('bn_ratio') if isinstance(meta, Mapping) else None
+    ratio = meta_in(checkpoint).get('bn_ratio')
     return ratio if isinstance(ratio, int | float) else None
 
 

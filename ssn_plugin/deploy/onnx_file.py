@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssn_plugin.deploy.quiet import quiet
+from ssn_plugin.errors import in_one_line
 from ssn_plugin.ops.switchable_norm.exportable import switchable_norm
 from ssn_plugin.ops.switchable_norm.statistics import Settings
 from ssn_plugin.torch_versions import EXPORTS_EVERY_SIZE
@@ -276,5 +277,4 @@ def _group_norm(
 def _first_line(error: Exception) -> str:
     while error.__cause__ is not None:  # the exporter wraps the true cause into advice
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f'{type(error).__name__}: {(lines or [""])[0][:300]}'
+    return in_one_line(error)[:300]

@@ -8,7 +8,7 @@ import os
 
 from mmengine.config import Config
 
-from ssn_plugin.analysis.config_entries import data_folders, datasets_of, is_remote
+from ssn_plugin.analysis.config_entries import data_folders, datasets_of, is_remote, type_name
 from ssn_plugin.errors import InputError
 
 
@@ -51,7 +51,7 @@ def check_class_folders(config: Config, splits: tuple[str, ...]) -> None:
 
 
 def _folders_of_classes(dataset: dict) -> list[str]:
-    kind = str(dataset.get('type')).rsplit('.', 1)[-1]
+    kind = type_name(dataset)
     if kind not in ('CustomDataset', 'ImageNet') or dataset.get('ann_file'):
         return []
     root = str(dataset.get('data_root') or '')

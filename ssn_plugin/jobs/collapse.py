@@ -12,6 +12,7 @@ from torch import nn
 
 from ssn_plugin.checkpoint.files import (
     check_writable,
+    meta_in,
     read_checkpoint,
     weights_in,
     without_stand_ins,
@@ -211,9 +212,7 @@ def _meta(loaded: Mapping, text: str, choices: Mapping[str, tuple[str, str]]) ->
 
     Also what layers chose, for of their weights one cannot tell LN from GN.
     """
-    meta = loaded.get('meta')
-    known = isinstance(meta, Mapping) and 'state_dict' in loaded
-    kept = without_stand_ins(meta) if known else {}
+    kept = without_stand_ins(meta_in(loaded)) if 'state_dict' in loaded else {}
     own = {'cfg': text, 'collapsed': dict(choices), 'ssn_plugin': __version__}
     return {**kept, **own, 'made_by': 'collapse'}
 

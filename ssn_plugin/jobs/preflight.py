@@ -16,7 +16,7 @@ from ssn_plugin.analysis.config_entries import (
     is_remote,
     type_name,
 )
-from ssn_plugin.checkpoint.files import read_file
+from ssn_plugin.checkpoint.files import meta_in, read_file
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.model_check import check_norms
 from ssn_plugin.models.pretrained import load_checkpoint
@@ -169,8 +169,7 @@ def check_resumable(path: str) -> None:
         checkpoint = load_checkpoint(path)
     except CheckpointError as error:
         raise InputError(f'resume: {error}') from error
-    meta = checkpoint.get('meta')
-    known = {*checkpoint, *(meta if isinstance(meta, Mapping) else ())}
+    known = {*checkpoint, *meta_in(checkpoint)}
     lacking = [key for key in ('state_dict', 'epoch', 'iter', 'message_hub') if key not in known]
     if lacking:
         raise InputError(

@@ -11,7 +11,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 from torch.utils.data import Dataset
 
-from ssn_plugin.analysis.config_entries import datasets_of
+from ssn_plugin.analysis.config_entries import datasets_of, type_name
 from ssn_plugin.errors import InputError, in_one_line
 from ssn_plugin.jobs.preflight import check_datasets
 
@@ -110,15 +110,11 @@ def _pipeline_for_files(config: Config) -> Callable[[tuple[str, int]], dict]:
     transforms = next((leaf.get('pipeline') for _, leaf in datasets_of(config, 'test')), None)
     if not transforms:
         raise InputError('images: the config has no test_dataloader.dataset.pipeline for them')
-    transforms = copy.deepcopy([each for each in transforms if not _reads_annotations(each)])
+    transforms = copy.deepcopy(
+        [each for each in transforms if not type_name(each).endswith('Annotations')]
+    )
     try:
         pipeline = Compose(transforms)
     except Exception as error:
         raise InputError(f'images: cannot build the test pipeline: {in_one_line(error)}') from error
     return lambda image: pipeline({'img_path': image[0], 'img_id': image[1]})
-
-
-def _reads_annotations(transform: dict) -> bool:
-    kind = transform['type']
-    name = kind if isinstance(kind, str) else kind.__name__
-    return name.endswith('Annotations')

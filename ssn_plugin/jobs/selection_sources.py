@@ -16,7 +16,7 @@ from ssn_plugin.checkpoint.unpickling import weights_only
 from ssn_plugin.errors import CheckpointError, InputError
 from ssn_plugin.jobs.configs import load_config
 from ssn_plugin.jobs.last_checkpoint import last_checkpoint
-from ssn_plugin.jobs.trained_model import build_model
+from ssn_plugin.jobs.trained_model import build_model, load_by_name
 from ssn_plugin.models.pretrained import load_checkpoint
 
 
@@ -84,11 +84,7 @@ def _of_config(path: str, checkpoint: str | None, allow_pickle: bool) -> list[La
     reads = load_checkpoint if '://' in checkpoint else read_checkpoint
     state = weights_in(reads(checkpoint, allow_pickle), checkpoint)
     rows = {row.layer for row in layer_ratios(model)}
-    try:
-        missing, _ = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        reason = ' '.join(str(error).splitlines()[1:2]).strip()
-        raise CheckpointError(f'{checkpoint}: does not fit {path}: {reason}') from error
+    missing, _ = load_by_name(model, state, checkpoint, path)
     random = [key for key in missing if key.endswith('.mean_weight') and key[:-12] in rows]
     if random:
         raise CheckpointError(f'{checkpoint}: does not fit {path}: it lacks {shown(random)}')

@@ -53,6 +53,17 @@ def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
         raise InputError(f'config: cannot build the model of {path}{within}: {reason}') from error
 
 
+def load_by_name(
+    model: nn.Module, state: Mapping[str, Tensor], checkpoint: str, config: str
+) -> tuple[list[str], list[str]]:
+    """As :func:`load_strictly`, but return the missing and the unexpected keys."""
+    try:
+        return model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).splitlines()[1:2]).strip()
+        raise CheckpointError(f'{checkpoint}: does not fit {config}: {reason}') from error
+
+
 def load_strictly(
     model: nn.Module, state: Mapping[str, Tensor], checkpoint: str, config: str
 ) -> None:
@@ -67,11 +78,7 @@ def load_strictly(
     Raises:
         CheckpointError: Naming missing and unexpected keys, or the first of another shape.
     """
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        reason = ' '.join(str(error).splitlines()[1:2]).strip()
-        raise CheckpointError(f'{checkpoint}: does not fit {config}: {reason}') from error
+    missing, unexpected = load_by_name(model, state, checkpoint, config)
     parts = [
         f'{what} {shown(keys)}'
         for what, keys in (('missing', missing), ('unexpected', unexpected))

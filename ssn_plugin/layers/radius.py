@@ -199,7 +199,7 @@ class _Pending:
 
 def _found(layers: list[SSN], control: Tensor, radius: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row of ``control``: is it decided, did it become one-hot now, and what is chosen."""
-    fixed, choice = (_stacked(layers, kind) for kind in ('fixed', 'choice'))
+    fixed, choice = (torch.stack(_tensors(layers, kind)) for kind in ('fixed', 'choice'))
     ratios = sparsestmax(control, radius)
     fresh = (ratios.amax(-1) == 1) & (fixed <= 0)
     # Where the choice of a decided layer got lost, the largest control parameter is the choice.
@@ -211,10 +211,6 @@ def _tensors(layers: list[SSN], kind: str) -> list[Tensor]:
     """Those of every mean, then those of every variance."""
     names = (f'mean_{kind}', f'var_{kind}')
     return [layer._buffers[name] for name in names for layer in layers]
-
-
-def _stacked(layers: list[SSN], kind: str) -> Tensor:
-    return torch.stack(_tensors(layers, kind))
 
 
 def _halves(rows: list) -> tuple[list, list]:

@@ -16,8 +16,8 @@ from ssn_plugin.ops.switchable_norm.ratios import Control, ratio_tensors
 from ssn_plugin.ops.switchable_norm.statistics import BatchStatistics, Moments, Settings
 from ssn_plugin.torch_versions import is_compiling
 
-# Files that do not say their candidates, the released ones among them, have these.
-_CANDIDATES = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
+# What so many candidates are in a file that does not name them, as the released ones do not.
+UNNAMED_CANDIDATES = {2: ('IN', 'LN'), 3: ('IN', 'LN', 'BN'), 4: ('IN', 'LN', 'BN', 'GN')}
 
 _warned = False
 
@@ -377,7 +377,7 @@ class SwitchableNorm(StatisticsNorm):
         if control is None or control.numel() != len(self.normalizers):
             return  # nothing is loaded, or torch reports the shape
         named = local_metadata.get('normalizers')
-        candidates = tuple(named or _CANDIDATES.get(control.numel(), self.normalizers))
+        candidates = tuple(named or UNNAMED_CANDIDATES.get(control.numel(), self.normalizers))
         if not named and set(candidates) != set(self.normalizers):
             fixed, vector = (state_dict.get(f'{prefix}{name}') for name in ('mean_fixed', 'weight'))
             released = (fixed is not None and fixed.dim() == 1) or (

@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
+from ssn_plugin.analysis.config_entries import as_list, type_name
 from ssn_plugin.deploy.collapse import replace_ssn
 from ssn_plugin.deploy.fold import fold_batch_norms
 from ssn_plugin.models.pretrained import pretrained_entries, without_pretrained
@@ -90,8 +91,7 @@ def collapsed_config(
     if folded:
         model.folded = [tuple(pair) for pair in folded]
     imports = config.get('custom_imports') or {}
-    names = imports.get('imports') or []
-    names = [names] if isinstance(names, str) else list(names)
+    names = as_list(imports.get('imports'))
     if 'ssn_plugin' not in names:
         config.custom_imports = {**imports, 'imports': [*names, 'ssn_plugin']}
     return config
@@ -108,16 +108,13 @@ def inference_config(config: Config) -> Config:
     config.load_from = None
     config.resume = False
     if config.get('custom_hooks'):
-        config.custom_hooks = [hook for hook in config.custom_hooks if not _trains(hook)]
+        config.custom_hooks = [
+            hook for hook in config.custom_hooks if type_name(hook) not in _TRAINING_HOOKS
+        ]
     for name, hook in list((config.get('default_hooks') or {}).items()):
-        if hook and _trains(hook):
+        if hook and type_name(hook) in _TRAINING_HOOKS:
             del config.default_hooks[name]
     return config
-
-
-def _trains(hook: dict) -> bool:
-    kind = hook['type'] if isinstance(hook['type'], str) else hook['type'].__name__
-    return kind.rpartition('.')[2] in _TRAINING_HOOKS
 
 
 def _drop_pretrained(node: object) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
+from ssn_plugin.analysis.config_entries import as_list, type_name
 from ssn_plugin.checkpoint.selection import Selected, histogram
 from ssn_plugin.errors import InputError
 from ssn_plugin.layers.ssn import SSN
@@ -87,8 +88,7 @@ def _drop_training(config: Config, ours: set[str]) -> None:
     for name in [name for name in config if name.startswith('ssn_') or _kind(config[name]) in ours]:
         config.pop(name)
     imports = config.get('custom_imports') or {}
-    names = imports.get('imports') or []
-    names = [names] if isinstance(names, str) else list(names)
+    names = as_list(imports.get('imports'))
     if 'ssn_plugin' in names:
         names.remove('ssn_plugin')
         config.custom_imports = {**imports, 'imports': names}
@@ -116,9 +116,7 @@ def _own_names() -> set[str]:
 
 def _kind(node: object) -> str:
     """The name of what a part of a config builds, '' if it builds nothing."""
-    kind = node.get('type') if isinstance(node, Mapping) else None
-    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    return name.rpartition('.')[2]
+    return type_name(node) if isinstance(node, Mapping) and 'type' in node else ''
 
 
 def _places(node: object, path: str = '') -> Iterator[tuple[str, dict]]:

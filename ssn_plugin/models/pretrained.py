@@ -12,6 +12,7 @@ from mmengine.model import PretrainedInit, update_init_info
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from ssn_plugin.analysis.config_entries import as_list
 from ssn_plugin.checkpoint.candidates import Candidates
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_in
 from ssn_plugin.checkpoint.layout import describe, shown
@@ -71,7 +72,7 @@ def pretrained_entries(init_cfg: object) -> Iterator[dict]:
     Args:
         init_cfg: A dict, a list of dicts or None.
     """
-    yield from (entry for entry in _entries(init_cfg) if _loads(entry))
+    yield from (entry for entry in as_list(init_cfg) if _loads(entry))
 
 
 def without_pretrained(init_cfg: object) -> list[dict]:
@@ -80,11 +81,7 @@ def without_pretrained(init_cfg: object) -> list[dict]:
     Args:
         init_cfg: A dict, a list of dicts or None.
     """
-    return [entry for entry in _entries(init_cfg) if not _loads(entry)]
-
-
-def _entries(init_cfg: object) -> list[dict]:
-    return list(init_cfg) if isinstance(init_cfg, list | tuple) else [init_cfg] if init_cfg else []
+    return [entry for entry in as_list(init_cfg) if not _loads(entry)]
 
 
 def _loads(entry: dict) -> bool:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ssn_plugin.engine.averaged_copies import averaged_models
-from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.engine.model_wrapper import optim_wrappers, unwrapped
 from ssn_plugin.engine.progress import ended_early, is_last_iteration
 from ssn_plugin.engine.randomness import preserved_generators, seed_iteration, seed_samples
+from ssn_plugin.errors import in_one_line
 from ssn_plugin.layers.running_statistics import KINDS, batch_averages, write_statistics
 
 
@@ -172,8 +172,6 @@ class PreciseStatsHook(Hook):
         start = time.perf_counter()
         loader = _loader_like(runner.train_dataloader, runner.seed, runner.iter)
         batches = min(self.num_batches, _full_batches(loader))
-        wrappers = runner.optim_wrapper
-        wrappers = wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]
         # Without this list, fork_rng would create a context on every GPU of the machine.
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with preserved_generators(), torch.random.fork_rng(devices):
@@ -182,7 +180,7 @@ class PreciseStatsHook(Hook):
 
             def forward(batch: dict | tuple | list) -> None:
                 with contextlib.ExitStack() as stack:
-                    for wrapper in wrappers:
+                    for wrapper in optim_wrappers(runner.optim_wrapper):
                         stack.enter_context(wrapper.optim_context(working))
                     data = working.data_preprocessor(batch, True)
                     if isinstance(data, dict):
@@ -208,11 +206,10 @@ class PreciseStatsHook(Hook):
         except Exception as error:  # a model may hold anything, and raise anything
             if not self._said:
                 self._said = True
-                reason = ' '.join(str(error).split())[:200]
                 runner.logger.warning(
-                    f'PreciseStatsHook: the model cannot be copied ({type(error).__name__}: '
-                    f'{reason}), so it is passed batches itself; its buffers are restored, and '
-                    'what else a forward pass changes in it is not'
+                    f'PreciseStatsHook: the model cannot be copied ({in_one_line(error)}), so it '
+                    'is passed batches itself; its buffers are restored, and what else a forward '
+                    'pass changes in it is not'
                 )
             return model
 

@@ -19,6 +19,7 @@ from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.engine.progress import ended_early, is_last_iteration, iterations_in_all
 from ssn_plugin.engine.versions import versions
 from ssn_plugin.engine.visualizer import tolerate_full_disk
+from ssn_plugin.errors import in_one_line
 
 _RUN = 'ssn_run'  # entry of mmengine's message hub, which checkpoints keep
 
@@ -154,9 +155,8 @@ class SSNRatioHook(Hook):
             path = write_run_report(work_dir, runner.cfg)
         except Exception as error:
             # No error of the report may end the program: the training is done and worth more.
-            reason = ' '.join(str(error).split())[:300]
             runner.logger.warning(
-                f'SSNRatioHook: no report of {runner.work_dir}: {type(error).__name__}: {reason}'
+                f'SSNRatioHook: no report of {runner.work_dir}: {in_one_line(error)}'
             )
         else:
             runner.logger.info(f'SSNRatioHook: the report is {path}')

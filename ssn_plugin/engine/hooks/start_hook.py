@@ -4,7 +4,7 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from ssn_plugin.engine import start_check
-from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.engine.model_wrapper import optim_wrappers, unwrapped
 
 
 class SSNStartHook(Hook):
@@ -45,7 +45,7 @@ class SSNStartHook(Hook):
             images,
             [type(hook).__name__ for hook in runner.hooks],
             config,
-            _optimizers(runner.optim_wrapper),
+            [wrapper.optimizer for wrapper in optim_wrappers(runner.optim_wrapper)],
         )
         facts = [f'images per process: {images}'] if images else []
         self._tell(runner, model, facts, list(warnings))
@@ -71,9 +71,3 @@ class SSNStartHook(Hook):
         lines += [f'WARNING {warning}' for warning in warnings]
         text = ''.join(f'\n  {line}' for line in lines)
         (runner.logger.warning if warnings else runner.logger.info)(f'SSNStartHook:{text}')
-
-
-def _optimizers(wrapper) -> list:
-    """Of a wrapper, or of a dict of wrappers."""
-    wrappers = wrapper.values() if hasattr(wrapper, 'values') else [wrapper]
-    return [each.optimizer for each in wrappers]

@@ -61,7 +61,7 @@ def _(
 ):  # fmt: skip
     constant = not training and running_mean is not None
     size = backend.saved_size(
-        x, tuple(normalizers), num_groups, constant, (mean_selected, var_selected)
+        *x.shape[:2], tuple(normalizers), num_groups, constant, (mean_selected, var_selected)
     )
     return torch.empty_like(backend.laid_out(x)[0]), x.new_empty(size, dtype=torch.float32)
 

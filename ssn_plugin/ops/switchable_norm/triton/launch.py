@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ssn_plugin.errors import in_one_line
 from ssn_plugin.ops.sparsestmax import _MAX_AMPLIFICATION, _RADIUS_TOLERANCE, circumradius
 from ssn_plugin.ops.switchable_norm.collectives import all_reduce_moments, track
+from ssn_plugin.ops.switchable_norm.ratios import has_values
 from ssn_plugin.ops.switchable_norm.statistics import Moments
 from ssn_plugin.ops.switchable_norm.triton import direct
 from ssn_plugin.ops.switchable_norm.triton.direct import Launch
@@ -91,15 +91,9 @@ def supports(x: Tensor) -> bool:
     """
     if not (_INSTALLED and x.is_cuda and x.dtype in _DTYPES):
         return False
-    if not is_compiling() and _is_recorded(x):
+    if not (is_compiling() or has_values(x)):
         return False
     return _device_is_supported(x.device.index)
-
-
-def _is_recorded(x: Tensor) -> bool:
-    if torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
-        return True
-    return type(x) not in (Tensor, torch.nn.Parameter)
 
 
 @torch.compiler.assume_constant_result
@@ -254,10 +248,9 @@ def _pooled_size(num: int, channels: int, groups: int) -> int:
     return 2 * (channels + num + num * groups)
 
 
-def saved_size(x: Tensor, *settings) -> int:
+def saved_size(num: int, channels: int, *settings) -> int:
     """How many numbers :func:`forward` saves for :func:`backward`."""
     statistics = _statistics(*settings)
-    num, channels = x.shape[:2]
     rows = 2 * num * channels if statistics.rows else 0
     return _RECORDS + rows + _pooled_size(num, channels, statistics.groups)
 
@@ -352,9 +345,7 @@ def _plan(
         normalizers=normalizers,
         tiling=tiling,
         statistics=statistics,
-        saved=_RECORDS
-        + (2 * num * channels if statistics.rows else 0)
-        + _pooled_size(num, channels, groups),
+        saved=saved_size(num, channels, normalizers, num_groups, constant, selected),
         partial=2 * tiling.splits * num * channels if statistics.rows and tiling.splits > 1 else 0,
         by_sample=not names.isdisjoint(('LN', 'GN')),
         ratios=int(None in selected),
