@@ -32,11 +32,7 @@ class Difference(NamedTuple):
 
 
 def headline(found: Sequence[Difference]) -> str:
-    """How many layers differ, in words.
-
-    Args:
-        found: Of :func:`differences`.
-    """
+    """How many layers differ, in words."""
     common = {difference.layer for difference in found if None not in difference.leading}
     differing = {difference.layer for difference in found if difference.differs}
     said = f'{len(differing & common)} of {len(common)} common layers prefer another normalizer'
@@ -98,13 +94,7 @@ def _distance(first: Mapping[str, float], second: Mapping[str, float]) -> float:
 
 
 def write_comparison(found: Sequence[Difference], sources: Sequence[str], path: Path) -> None:
-    """Write differences as CSV, a column per model.
-
-    Args:
-        found: Of :func:`differences`.
-        sources: Names of the models, in the same order.
-        path: File to write.
-    """
+    """Write differences as CSV, a column per model; ``sources`` are their names in that order."""
     with whole_file(path) as temporary, temporary.open('w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow(['layer', 'statistic', *sources, 'differs', 'distance'])

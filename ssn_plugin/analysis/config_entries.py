@@ -7,22 +7,13 @@ from typing import NamedTuple
 
 
 def type_name(entry: Mapping) -> str:
-    """The class that an entry of a config builds, without its module.
-
-    Args:
-        entry: A dict with ``type``, which may be a name or a class.
-    """
+    """The class that an entry of a config names or holds as its ``type``, without its module."""
     kind = entry.get('type')
     return kind.__name__ if isinstance(kind, type) else str(kind).rsplit('.', 1)[-1]
 
 
 def datasets_of(config: Mapping, split: str) -> Iterator[tuple[str, Mapping]]:
-    """The data sets of a loader, out of their wrappers, with their places in the config.
-
-    Args:
-        config: The whole config.
-        split: 'train', 'val' or 'test'.
-    """
+    """The data sets of a loader, out of their wrappers, with their places in the config."""
     loader = config.get(f'{split}_dataloader')
     if loader:
         yield from _leaves(loader['dataset'], f'{split}_dataloader.dataset')
@@ -124,9 +115,5 @@ def norm_configs(node: object, key: str) -> Iterator[tuple[str, Mapping]]:
 
 
 def as_list(value: object) -> list:
-    """What a config gives once, several times in a list, or not at all, as a list.
-
-    Args:
-        value: An entry such as ``custom_hooks`` or ``val_evaluator``.
-    """
+    """What a config gives once, several times in a list, or not at all, as a list."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []

@@ -31,10 +31,6 @@ class Section(NamedTuple):
 def summarise(config: Mapping, max_iters: int | None = None) -> list[Section]:
     """Model, normalisation, data, optimisation and schedule of a config.
 
-    Args:
-        config: The whole config of a run.
-        max_iters: Iterations of the run, where they are known.
-
     Returns:
         Sections without those that have nothing to say.
     """

@@ -15,12 +15,7 @@ _LEFT_OUT = ('_s', '_m', '_l')
 
 
 def curves_figure(logs: RunLogs, title: str) -> Figure | None:
-    """Losses, learning rate and validation metrics over the iterations; None if none were logged.
-
-    Args:
-        logs: Of :func:`ssn_plugin.analysis.run_logs.read_run_logs`.
-        title: Title of the figure.
-    """
+    """Losses, learning rate and validation metrics over the iterations; None if there are none."""
     train = _names(logs.train)
     losses = [name for name in train if name.startswith('loss')]
     losses += [name for name in train if '.loss' in name]

@@ -35,12 +35,7 @@ _DPI = 130
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that makes room for what stands outside its axes.
-
-    Args:
-        width: In inches.
-        height: In inches.
-    """
+    """An empty figure, sized in inches, that makes room for what stands outside its axes."""
     figure = Figure(figsize=(width, height), layout='constrained')
     figure.get_layout_engine().set(hspace=0.03)
     return figure
@@ -68,12 +63,7 @@ def in_lines(text: str, width: int) -> str:
 
 
 def write_title(figure: Figure, title: str) -> None:
-    """Write a title between the borders and the legend, in more lines where it is too long.
-
-    Args:
-        figure: Gets it.
-        title: Lines of text; the first may hold the name of a file.
-    """
+    """Write a title between the borders and the legend, in more lines where it is too long."""
     # The legend takes one inch, and a centred title loses it on both sides; an inch holds
     # about 9.5 letters.
     wide = max(int(9.5 * (figure.get_size_inches()[0] - 2)), 20)
@@ -167,16 +157,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def save_both(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and as SVG.
-
-    Args:
-        figure: What to write.
-        folder: Where to; it exists.
-        name: Without suffix.
-
-    Returns:
-        The files.
-    """
+    """Write a figure as PNG and as SVG into a folder, and return the files."""
     paths = [folder / f'{name}{suffix}' for suffix in ('.png', '.svg')]
     for path in paths:
         save_figure(figure, path)

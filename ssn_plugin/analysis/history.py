@@ -71,11 +71,7 @@ class History(NamedTuple):
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most ``count`` indices out of ``total``, evenly, with both ends.
-
-    Args:
-        total: How many there are.
-        count: How many are wanted, at least 2.
+    """At most ``count`` indices, which is at least 2, out of ``total``, evenly, with both ends.
 
     Example:
         >>> from ssn_plugin.analysis.history import spread
@@ -98,12 +94,8 @@ def start_history(
     Of a resumed run, lines after the iteration at which it resumes are dropped, and all where its
     layers are others now. Dropped, too, are a line that a kill cut off and what is no history.
 
-    Args:
-        path: File to write.
-        rows: Layers of the model.
-        about: Facts of the run.
-        iteration: Iterations done.
-        run: Name of the run that is resumed; None is the last one in the file.
+    ``iteration`` is how many are done: 0 begins a new run. ``run`` names the one that is resumed,
+    None is the last one in the file.
 
     Returns:
         Name of the run, for :func:`append_to_history`.
@@ -155,13 +147,8 @@ def append_to_history(
 ) -> None:
     """Add the state after an iteration.
 
-    Args:
-        path: File of :func:`start_history`.
-        iteration: Iterations done.
-        rows: The layers, in the order of the file.
-        radius: Current radius of the schedule.
-        loss: Training loss, None if unknown.
-        run: What :func:`start_history` returned; None where a file is of one run.
+    The layers are in the order of the file. ``run`` is what :func:`start_history` returned; None
+    where a file is of one run.
     """
     line = {} if run is None else dict(run=run)
     line |= dict(

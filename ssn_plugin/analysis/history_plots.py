@@ -65,12 +65,7 @@ def animate_simplex(
 ) -> None:
     """Write the simplex figure over the training as an animated GIF.
 
-    Args:
-        history: As for :func:`simplex_figure`.
-        title: Title of the figure.
-        path: File to write.
-        frames: At most so many.
-        progress: Wraps the sequence of frames, to show how far it is.
+    ``progress`` wraps the sequence of frames, to show how far it is.
 
     Raises:
         HistoryError: As :func:`simplex_figure`.
@@ -98,10 +93,6 @@ def animate_simplex(
 
 def run_figure(history: History, title: str) -> Figure:
     """Loss, decided layers with the radius, and shares of the normalizers over the iterations.
-
-    Args:
-        history: Of :func:`ssn_plugin.analysis.history.read_history`.
-        title: Title of the figure.
 
     Raises:
         HistoryError: If there is no record.
@@ -179,12 +170,7 @@ def write_history_figures(
 ) -> list[Path]:
     """Write :func:`run_figure` and :func:`simplex_figure` as PNG and SVG.
 
-    Args:
-        history: Of :func:`ssn_plugin.analysis.history.read_history`.
-        title: Title of the figures.
-        folder: Where to; it exists.
-        gif: Also write the animation.
-        progress: Wraps the sequence of frames, to show how far it is.
+    ``gif`` adds the animation; ``progress`` wraps the sequence of its frames.
 
     Returns:
         The files: ``history.*``, and ``simplex.*`` where layers have three candidates.
@@ -205,11 +191,7 @@ def write_history_figures(
 
 
 def has_triples(history: History) -> bool:
-    """Whether any layer has three candidates, so that there is a triangle to draw.
-
-    Args:
-        history: Of :func:`ssn_plugin.analysis.history.read_history`.
-    """
+    """Whether any layer has three candidates, so that there is a triangle to draw."""
     return any(len(layer['normalizers']) == 3 for layer in history.layers)
 
 

@@ -58,11 +58,7 @@ class LayerRatios(NamedTuple):
         return place_of(self.layer)
 
     def ratios(self, statistic: str) -> dict[str, float]:
-        """Ratio of each candidate.
-
-        Args:
-            statistic: 'mean' or 'var'.
-        """
+        """Ratio of each candidate, of the statistic 'mean' or 'var'."""
         values = getattr(self, f'{statistic}_ratios')
         return dict(zip(self.normalizers, values, strict=True))
 

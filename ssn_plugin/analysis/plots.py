@@ -38,10 +38,6 @@ class _Panel(NamedTuple):
 def selection_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
     """Stacked bars of the importance ratios, one column per layer: means above, variances below.
 
-    Args:
-        rows: Of :func:`ssn_plugin.analysis.layer_ratios.layer_ratios`.
-        title: Title of the figure.
-
     Raises:
         ValueError: If there are no rows.
 
@@ -69,10 +65,6 @@ def share_figure(rows: Sequence[LayerRatios], title: str) -> Figure:
 
     A share is the importance ratio averaged over layers, which for decided layers is the part of
     them that chose the normalizer.
-
-    Args:
-        rows: As for :func:`selection_figure`.
-        title: Title of the figure.
 
     Raises:
         ValueError: If there are no rows.

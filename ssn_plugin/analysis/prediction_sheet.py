@@ -37,13 +37,7 @@ def plot_predictions(
 ) -> None:
     """Draw the pictures in a grid: masks as tinted areas, objects with box and score.
 
-    Args:
-        predictions: One per picture.
-        classes: Names by class index.
-        palette: RGB colours by class index, 0 to 255.
-        path: PNG file to write.
-        title: Title of the sheet.
-        columns: Pictures per row.
+    ``classes`` are names and ``palette`` RGB colours, 0 to 255, by class index.
 
     Raises:
         ValueError: If there are no predictions.

@@ -23,10 +23,7 @@ def write_selection(
     ``selection.csv`` and ``selection.json``; for each model a figure of its ratios and one of the
     shares; for several ``comparison.csv`` and a figure. Figures are PNG and SVG.
 
-    Args:
-        sources: Rows by the name of their model.
-        folder: Where to; it exists.
-        progress: Wraps the sequence of figures, to show how far it is.
+    ``progress`` wraps the sequence of figures, to show how far it is.
 
     Returns:
         The files.

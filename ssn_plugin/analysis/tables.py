@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 def records(rows: Sequence[LayerRatios]) -> list[dict]:
     """Two records per layer, one for the mean and one for the variance.
 
-    Args:
-        rows: Of :func:`ssn_plugin.analysis.layer_ratios.layer_ratios`.
-
     Returns:
         Dicts of ``depth`` (1 for the layer nearest the input), ``layer``, ``stage``, ``kind``,
         ``channels``, ``statistic``, ``ratios`` (a dict), ``selected`` (None while undecided),
@@ -101,12 +98,7 @@ def selection_table(rows: Sequence[LayerRatios], title: str) -> 'Table':
 
 
 def difference_table(found: Sequence[Difference], sources: Sequence[str]) -> 'Table':
-    """The layers in which models prefer different normalizers, for the terminal, by rich.
-
-    Args:
-        found: Of :func:`ssn_plugin.analysis.comparison.differences`.
-        sources: Names of the models, in the same order.
-    """
+    """The layers in which models prefer different normalizers, for the terminal, by rich."""
     from rich.table import Table
 
     differing = [difference for difference in found if difference.differs]
@@ -126,10 +118,6 @@ def difference_table(found: Sequence[Difference], sources: Sequence[str]) -> 'Ta
 
 def shown_ratios(row: LayerRatios, statistic: str) -> str:
     """The one normalizer, or the ratio of each candidate in percent.
-
-    Args:
-        row: A layer.
-        statistic: 'mean' or 'var'.
 
     Example:
         >>> from ssn_plugin.analysis.layer_ratios import LayerRatios

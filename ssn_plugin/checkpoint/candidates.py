@@ -32,10 +32,8 @@ class Candidates(NamedTuple):
 
         Without anything told, they are taken to be IN, LN, BN and GN, as many as there are.
 
-        Args:
-            layer: Its name.
-            count: How many there are.
-            keys: Of the state dict. Where some begin with ``backbone.``, others are of no backbone.
+        ``keys`` are those of the state dict: where some begin with ``backbone.``, others are of no
+        backbone.
         """
         if len(self.layers.get(layer, ())) == count:
             return self.layers[layer]
@@ -55,12 +53,8 @@ def candidate_names(
 ) -> tuple[str, ...]:
     """Names of the candidates of a layer; numbers where they cannot be known.
 
-    Args:
-        state: State dict.
-        layer: Name of an SSN or SN layer in it.
-        count: How many ratios it has.
-        told: What is told of the candidates. Without, they are taken to be IN, LN, BN and GN, as
-            many as there are ratios, unless the running statistics show that they are not.
+    Without ``told``, they are taken to be IN, LN, BN and GN, as many as there are ratios, unless
+    the running statistics show that they are not.
     """
     names = (told or Candidates()).of(layer, count, state)
     # Only BN has running statistics, so these names cannot be right.
@@ -72,8 +66,7 @@ def candidate_names(
 def recorded_candidates(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """Name of a layer -> its candidates, as the layers themselves record them in a state dict.
 
-    Args:
-        state: State dict. One that was copied by hand has lost the record.
+    A state dict that was copied by hand has lost the record.
 
     Example:
         >>> from torch import nn
@@ -126,8 +119,7 @@ def configured_candidates(config: str) -> dict[int, tuple[str, ...]]:
 
     A number of which the config has different candidates maps to nothing: ``()``.
 
-    Args:
-        config: Text of a config, as mmengine keeps it in its checkpoints. It is not run.
+    The text is that of a config as mmengine keeps it in its checkpoints. It is not run.
 
     Example:
         >>> from ssn_plugin.checkpoint.candidates import configured_candidates

@@ -20,12 +20,7 @@ from ssn_plugin.layers.radius import unwrapped_name
 def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict:
     """Read a checkpoint file to the CPU, by ``torch.load(weights_only=True)``.
 
-    Args:
-        path: The file.
-        allow_pickle: Unpickle code too, for a file that is trusted.
-
-    Returns:
-        What the file holds.
+    ``allow_pickle`` unpickles code too, for a file that is trusted.
 
     Raises:
         CheckpointError: If there is no such file, it is truncated or no checkpoint, or it needs
@@ -38,12 +33,7 @@ def read_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict
 
 
 def read_file(path: str | os.PathLike, allow_pickle: bool = False) -> object:
-    """Read what :func:`read_checkpoint` does, and what is no dict too.
-
-    Args:
-        path: As there.
-        allow_pickle: As there.
-    """
+    """Read what :func:`read_checkpoint` does, and what is no dict too."""
     path = os.fspath(path)
     if os.path.isdir(path):
         raise CheckpointError(f'{path}: is a folder, expected a checkpoint file')
@@ -54,11 +44,7 @@ def read_file(path: str | os.PathLike, allow_pickle: bool = False) -> object:
 
 
 def weights_entry(checkpoint: Mapping) -> str | None:
-    """The entry of a checkpoint that holds its state dict; None if it is one itself.
-
-    Args:
-        checkpoint: As for :func:`weights_in`.
-    """
+    """The entry of a checkpoint that holds its state dict; None if it is one itself."""
     for name in ('state_dict', 'model'):
         if isinstance(checkpoint.get(name), Mapping):
             return name
@@ -124,12 +110,7 @@ def md5_of(path: str | os.PathLike) -> str:
 
 
 def without_stand_ins(entries: Mapping) -> dict:
-    """What of a file's entries was read whole: nothing of numpy, no log histories.
-
-    Args:
-        entries: Entries beside the weights, nested or not; those that hold what was not read are
-            left out.
-    """
+    """What of a file's entries was read whole: nothing of numpy, no log histories."""
     kept = {}
     for key, value in entries.items():
         if isinstance(value, Mapping):
@@ -170,10 +151,6 @@ def write_checkpoint(checkpoint: dict, path: str | os.PathLike, overwrite: bool 
 
 def check_writable(path: str | os.PathLike, overwrite: bool = False) -> None:
     """Say before long work whether a file may be written.
-
-    Args:
-        path: The file to be.
-        overwrite: Whether a file of that name may be replaced.
 
     Raises:
         CheckpointError: If it exists, or its folder does not or is read-only.

@@ -18,10 +18,6 @@ from ssn_plugin.checkpoint.traits import told_candidates, told_selection
 def inspect_checkpoint(path: str | os.PathLike, allow_pickle: bool = False) -> dict[str, str]:
     """Tell origin, network, norm layers, selection and contents of a checkpoint file.
 
-    Args:
-        path: The file.
-        allow_pickle: Unpickle code in it, which is then trusted.
-
     Returns:
         Headings and what is to be said under each, in order.
 

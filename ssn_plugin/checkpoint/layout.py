@@ -121,9 +121,6 @@ def places_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def describe(state: Mapping[str, Tensor]) -> Layout:
     """Tell what a backbone's state dict holds; see :func:`backbone_of` for whole models.
 
-    Args:
-        state: State dict with keys such as ``layer1.0.conv1.weight``.
-
     Example:
         >>> import torch
         >>> from ssn_plugin.checkpoint.layout import describe
@@ -150,10 +147,7 @@ def describe(state: Mapping[str, Tensor]) -> Layout:
 def backbone_of(
     state: Mapping[str, Tensor],
 ) -> tuple[OrderedDict[str, Tensor], tuple[str, ...]]:
-    """The backbone in a state dict, and the keys that are not of it.
-
-    Args:
-        state: State dict of a backbone, a classifier, a detector or a segmenter.
+    """The backbone in the state dict of a backbone or a whole model, and the keys outside of it.
 
     Returns:
         What stands under ``backbone.``, without that prefix; without one all but the classifier.

@@ -204,10 +204,7 @@ def check_match(
     of the backbone of which the file has none, such as the offsets of deformable convolutions, are
     new and start as they are.
 
-    Args:
-        own: The backbone's state dict.
-        loaded: The file's, in the backbone's names.
-        path: Where it is from, for the error.
+    ``loaded`` is in the names of the backbone.
 
     Returns:
         Keys of what is new.
@@ -246,11 +243,7 @@ def check_shortcuts(
     Those that pool first number their layers otherwise; every shape is the same, so the order of
     places would match them.
 
-    Args:
-        own: The model's state dict.
-        loaded: The file's, in its own names.
-        prefix: Under which the model lies in it.
-        path: Where it is from, for the error.
+    ``loaded`` is in the file's own names, in which the model lies under ``prefix``.
 
     Raises:
         CheckpointError: If one pools and the other does not.

@@ -21,11 +21,7 @@ def norm_mismatch(
 
     What loads a checkpoint in mmengine leaves such norms as they are, with a line in the log.
 
-    Args:
-        own: State dict of the model.
-        loaded: That of the file.
-        path: The file.
-        starts: Whether a training starts from it, so that it may be converted.
+    ``starts`` says whether a training starts from the file, so that it may be converted.
 
     Returns:
         A text, or None: every part has norms of a kind that the file has there, or none.

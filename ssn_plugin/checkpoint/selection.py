@@ -31,10 +31,6 @@ def selections(state: Mapping[str, Tensor], told: Candidates | None = None) -> d
     Without ``told``, candidates are taken to be IN, LN, BN and GN, as many of them as there are
     ratios. Where the running statistics show that they are not, choices are numbers.
 
-    Args:
-        state: State dict.
-        told: The candidates, where they are known.
-
     Example:
         >>> from ssn_plugin import SSN, set_radius
         >>> from ssn_plugin.checkpoint.selection import selections
@@ -55,8 +51,7 @@ def selections(state: Mapping[str, Tensor], told: Candidates | None = None) -> d
 def histogram(selected: Mapping[str, Selected]) -> dict[str, int]:
     """How many layers chose which pair, as ``{'IN': 5, 'LN/BN': 2, 'undecided': 1}``.
 
-    Args:
-        selected: Of :func:`selections`. 'LN/BN' is the mean of LN and the variance of BN.
+    'LN/BN' is the mean of LN and the variance of BN.
     """
     names = Counter(
         'undecided'
@@ -70,14 +65,7 @@ def histogram(selected: Mapping[str, Selected]) -> dict[str, int]:
 
 
 def ratios_in(state: Mapping[str, Tensor], layer: str, statistic: str, kind: str) -> list[float]:
-    """Importance ratios of one statistic of a layer.
-
-    Args:
-        state: State dict.
-        layer: Name of the layer.
-        statistic: 'mean' or 'var'.
-        kind: 'SSN' or 'SN', of :func:`ssn_plugin.checkpoint.layout.norm_layers`.
-    """
+    """Importance ratios of one statistic, 'mean' or 'var', of a layer of the kind 'SSN' or 'SN'."""
     control = state[f'{layer}.{statistic}_weight'].detach().cpu().float().flatten()
     if kind == 'SN':
         return control.softmax(-1).tolist()

@@ -22,9 +22,6 @@ from ssn_plugin.layers.switchable import SwitchableNorm
 def traits_of(backbone: nn.Module) -> dict[str, object]:
     """What the checkpoint of a backbone should tell.
 
-    Args:
-        backbone: With ``stem_padding`` where the padding of its stem's pool is known.
-
     Example:
         >>> from torch import nn
         >>> from ssn_plugin import SSN
@@ -45,11 +42,7 @@ def traits_of(backbone: nn.Module) -> dict[str, object]:
 
 
 def told_traits(checkpoint: Mapping) -> dict[str, object]:
-    """What a checkpoint tells of its backbone.
-
-    Args:
-        checkpoint: What a file holds.
-    """
+    """What a checkpoint tells of its backbone."""
     meta, told = meta_in(checkpoint), {}
     if are_candidates(meta.get('normalizers')):
         told['normalizers'] = list(meta['normalizers'])
@@ -60,9 +53,6 @@ def told_traits(checkpoint: Mapping) -> dict[str, object]:
 
 def told_candidates(checkpoint: Mapping) -> Candidates:
     """What a checkpoint tells of the candidates of its layers: in itself, ``meta`` and config.
-
-    Args:
-        checkpoint: What a file holds.
 
     Example:
         >>> from ssn_plugin.checkpoint.traits import told_candidates
@@ -79,9 +69,6 @@ def told_candidates(checkpoint: Mapping) -> Candidates:
 
 def told_selection(checkpoint: Mapping) -> dict[str, Selected]:
     """What a checkpoint tells of the choices of layers that are collapsed.
-
-    Args:
-        checkpoint: What a file holds.
 
     Example:
         >>> from ssn_plugin.checkpoint.traits import told_selection

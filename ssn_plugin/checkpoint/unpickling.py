@@ -215,12 +215,7 @@ def _without_program(checkpoint: object) -> object:
 
 
 def explain_load_error(path: str, error: Exception) -> CheckpointError:
-    """Turn what ``torch.load`` raised into one line that says what is wrong with the file.
-
-    Args:
-        path: File or address.
-        error: What was raised.
-    """
+    """Turn what ``torch.load`` raised into one line that says what is wrong with the file."""
     text = ' '.join(str(error).split())
     # A text file whose first letter happens to be the code of the GLOBAL instruction gives this
     # error too, but what it names is empty or has several words, so the pattern does not match.

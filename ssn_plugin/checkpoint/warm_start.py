@@ -38,12 +38,7 @@ def batch_norm_to_ssn(
     Layers that mmcv names by their type are renamed: bn1 becomes sn1, ``bn`` becomes ``sn``. What
     the control parameters become is told by :func:`ssn_plugin.convert_batch_norm`.
 
-    Args:
-        state: State dict of any network.
-        path: Where it is from, for errors.
-        bn_ratio: Importance ratio of BN, in [0, 1].
-        fix: Decide the layers for BN; only for a ratio of 1.
-        normalizers: Candidates of the SSN layers to be filled.
+    ``normalizers`` are the candidates of the layers to be filled; ``fix`` decides them for BN.
 
     Raises:
         ValueError: If ``bn_ratio`` is outside [0, 1], ``fix`` is asked for at another ratio than 1,
@@ -79,10 +74,6 @@ def switch_norm_to_ssn(state: Mapping[str, Tensor], path: str) -> OrderedDict[st
 
     The control parameters become the softmax of SN's: a point of the simplex is its own sparsemax,
     so at radius zero the importance ratios are SN's to rounding, and the network is the SN network.
-
-    Args:
-        state: State dict of any network.
-        path: Where it is from, for errors.
 
     Raises:
         CheckpointError: If there is no SN in it.
@@ -150,11 +141,8 @@ def fit(
     so it is decided for BN, exactly the BatchNorm that it was. Averages and teachers require none
     either, but follow what is trained.
 
-    Args:
-        module: A backbone, a neck, a head or a whole model.
-        state: State dict of a file.
-        path: Where it is from, for the error.
-        bn_ratio: Of :func:`bn_ratio_of`.
+    The module is a backbone, a neck, a head or a whole model; ``bn_ratio`` is that of
+    :func:`bn_ratio_of`.
 
     Raises:
         CheckpointError: If shapes agree and the networks do not.
@@ -204,12 +192,6 @@ def warm_start(
     module: nn.Module, state: Mapping[str, Tensor], path: str, bn_ratio: float | None
 ) -> tuple[OrderedDict[str, Tensor], list[str], str]:
     """What a module takes of a converted file, with every key accounted for.
-
-    Args:
-        module: As for :func:`fit`.
-        state: Of :func:`batch_norm_to_ssn` or :func:`switch_norm_to_ssn`.
-        path: Where it is from, for errors and log.
-        bn_ratio: As for :func:`fit`.
 
     Returns:
         The weights, lines for the log, and what the file does not fill, '' if nothing.

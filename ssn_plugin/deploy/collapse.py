@@ -80,10 +80,6 @@ def collapse_ssn(model: nn.Module, native: bool = False, keep_undecided: bool = 
 def choices_of(model: nn.Module, keep_undecided: bool = False) -> dict[str, tuple[str, str]]:
     """Name of every decided SSN -> the normalizers of its mean and of its variance.
 
-    Args:
-        model: Any module.
-        keep_undecided: Leave out layers that are still a mixture.
-
     Raises:
         ValueError: If there are such layers and ``keep_undecided`` is false.
     """
@@ -100,12 +96,7 @@ def choices_of(model: nn.Module, keep_undecided: bool = False) -> dict[str, tupl
 def replace_ssn(
     model: nn.Module, choices: Mapping[str, tuple[str, str]], native: bool = False
 ) -> nn.Module:
-    """Replace SSN layers by what they are told to have chosen.
-
-    Args:
-        model: Any module; changed in place.
-        choices: As of :func:`choices_of`; layers without one stay.
-        native: As for :func:`collapse_ssn`.
+    """Replace SSN layers, in place, by what they are told to have chosen; all others stay.
 
     Returns:
         The model; a new layer if the model itself is replaced.

@@ -11,8 +11,7 @@ from ssn_plugin.ops.switchable_norm.statistics import Moments, Settings
 class ConstantRatioNorm(nn.Module):
     """The evaluation pass of an SSN or SN with the ratios that it has now, in plain operators.
 
-    Args:
-        layer: An SSN or SN; its parameters and running statistics are shared.
+    Parameters and running statistics are those of the layer, shared.
     """
 
     def __init__(self, layer: SwitchableNorm) -> None:
@@ -26,14 +25,7 @@ class ConstantRatioNorm(nn.Module):
         self.register_buffer('running_var', layer.running_var)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise.
-
-        Args:
-            x: Shape (N, C, ...).
-
-        Returns:
-            The shape and dtype of ``x``.
-        """
+        """Normalise x of shape (N, C, ...)."""
         return switchable_norm(
             x,
             self.mean_ratios,

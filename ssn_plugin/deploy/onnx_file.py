@@ -35,9 +35,6 @@ class ExportError(Exception):
 def check_opset(opset: int) -> None:
     """Say before long work whether a version of the operators is available.
 
-    Args:
-        opset: The version.
-
     Raises:
         ExportError: If it is not, or the packages of the extra 'deploy' are missing.
     """
@@ -190,10 +187,6 @@ def _named(module: str) -> str:
 def run_onnx(path: Path, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
     """The outputs of ONNX Runtime on the CPU for each input.
 
-    Args:
-        path: The ONNX file.
-        inputs: Of shape (N, 3, H, W).
-
     Raises:
         ExportError: If it cannot be run.
     """
@@ -229,10 +222,6 @@ def _module_of(graph, error: str) -> str:
 
 def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest difference of any output, relative to the largest magnitude in that output.
-
-    Args:
-        found: Tensors.
-        expected: As many, of the same shapes.
 
     Returns:
         Infinity if shapes differ, or a difference is not a number.

@@ -12,9 +12,6 @@ def quiet(logger: logging.Logger) -> Iterator[None]:
 
     Recording makes torch and mmengine remark on their own code, on absent packages and on operators
     they do not count, of which a user can change nothing.
-
-    Args:
-        logger: Whose level is put back at the end.
     """
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -56,11 +56,7 @@ class AveragedCopies:
         self._parts: dict[str, nn.Module] | None = None
 
     def of(self, runner) -> list[Copy]:
-        """All copies.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """All copies."""
         model = unwrapped(runner.model)
         candidates = dict(_held_by_hooks(runner.hooks))
         if self._parts is None:
@@ -92,11 +88,7 @@ class AveragedCopies:
 
 
 def averaged_models(runner) -> list[nn.Module]:
-    """The averages of the whole model that hooks hold, with whatever norm layers.
-
-    Args:
-        runner: mmengine's Runner.
-    """
+    """The averages of the whole model that hooks hold, with whatever norm layers."""
     kind, found = type(unwrapped(runner.model)), []
     for _, module in _held_by_hooks(runner.hooks):
         if not _averages(module):

@@ -129,10 +129,7 @@ class WarmStartInit(PretrainedInit):
     """
 
     def __call__(self, module: nn.Module) -> None:
-        """Fill a module.
-
-        Args:
-            module: What has the ``init_cfg``.
+        """Fill the module that has the ``init_cfg``.
 
         Raises:
             CheckpointError: If a warm start cannot be read or its norms do not fit.
@@ -153,9 +150,7 @@ def _is_warm_start(path: str) -> bool:
 def fit_loaded(model: nn.Module, checkpoint: dict) -> None:
     """Put what the prefix ``bn2ssn://`` loaded into the names of a model.
 
-    Args:
-        model: Any model.
-        checkpoint: Whose ``state_dict`` is replaced; one that is no warm start is left alone.
+    The ``state_dict`` of the checkpoint is replaced; one that is no warm start is left alone.
 
     Raises:
         CheckpointError: If the norms do not fit.

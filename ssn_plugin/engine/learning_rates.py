@@ -20,9 +20,8 @@ from mmengine.optim.scheduler.param_scheduler import (
 def keep_ratios(optim_wrapper, schedulers) -> None:
     """Make the schedulers of a run keep the ratio between its groups' learning rates.
 
-    Args:
-        optim_wrapper: Of a runner; those that SSNOptimWrapperConstructor built know the ratios.
-        schedulers: Of a runner: a list, a dict of lists where there are several wrappers, or None.
+    Wrappers that SSNOptimWrapperConstructor built know the ratios. Schedulers are a list, a dict of
+    lists where there are several wrappers, or None.
     """
     if isinstance(optim_wrapper, OptimWrapperDict):
         for name, wrapper in optim_wrapper.items():
@@ -55,9 +54,6 @@ def _keep_ratio(scheduler: _ParamScheduler, mults: list[float]) -> None:
 
 def pairs_to_watch(optim_wrapper) -> list[tuple]:
     """For every learning rate a group of control parameters, and one of others, to compare it with.
-
-    Args:
-        optim_wrapper: Of a runner.
 
     Returns:
         Tuples of the optimizer, the indices of both groups, and the factor between their rates.

@@ -85,11 +85,7 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, stand_in, prefix, is_dcn_module)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer and its wrapper.
-
-        Args:
-            model: The model, wrapped for distributed training or not.
-        """
+        """Build the optimizer of a model, which may be wrapped, and the wrapper of that."""
         wrapper = super().__call__(model)
         optimizer = wrapper.optimizer
         control = _trained_control_parameters(model)

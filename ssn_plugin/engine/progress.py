@@ -10,9 +10,7 @@ from mmengine.runner import EpochBasedTrainLoop
 def iterations(runner, batch_idx: int) -> tuple[int, int]:
     """Which iteration of how many this is, for a run that had today's batches from its beginning.
 
-    Args:
-        runner: mmengine's Runner, within an iteration.
-        batch_idx: Number of the batch that hooks are given.
+    ``batch_idx`` is the number of the batch that hooks are given within an iteration.
     """
     if isinstance(getattr(runner, 'train_loop', None), EpochBasedTrainLoop):
         # len() of the loader would do, but some batch samplers draw all indices to find it.
@@ -22,43 +20,26 @@ def iterations(runner, batch_idx: int) -> tuple[int, int]:
 
 
 def is_last_iteration(runner, batch_idx: int) -> bool:
-    """Whether the run ends with this iteration.
-
-    Args:
-        runner: mmengine's Runner, within an iteration.
-        batch_idx: Number of the batch that hooks are given.
-    """
+    """Whether the run ends with this iteration."""
     iteration, total = iterations(runner, batch_idx)
     return iteration + 1 == total
 
 
 def ended_early(runner) -> bool:
-    """Whether a run is over without its last iteration, as EarlyStoppingHook ends it.
-
-    Args:
-        runner: mmengine's Runner, after the training.
-    """
+    """Whether a run is over without its last iteration, as EarlyStoppingHook ends it."""
     if isinstance(runner.train_loop, EpochBasedTrainLoop):
         return runner.epoch < runner.max_epochs
     return runner.iter < runner.max_iters
 
 
 def iterations_in_all(runner) -> int:
-    """How far ``runner.iter`` will have counted at the end of the run.
-
-    Args:
-        runner: mmengine's Runner, before the first iteration.
-    """
+    """How far ``runner.iter`` will have counted at the end of the run, told before it begins."""
     done, total = iterations(runner, 0)
     return runner.iter + total - done
 
 
 def changed_since(runner) -> str | None:
-    """Tell if iterations are counted otherwise than in the run that this one resumes.
-
-    Args:
-        runner: mmengine's Runner, before the first iteration.
-    """
+    """Tell, before a run begins, if it counts iterations otherwise than the one that it resumes."""
     done, _ = iterations(runner, 0)
     if done == runner.iter:
         return None

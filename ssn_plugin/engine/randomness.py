@@ -41,12 +41,7 @@ def preserved_generators() -> Iterator[None]:
 
 
 def seed_iteration(seed: int, iteration: int) -> None:
-    """Seed all generators, those of GPUs too, for an iteration of this process.
-
-    Args:
-        seed: That of the run.
-        iteration: Counted over the whole run.
-    """
+    """Seed all generators of this process, those of GPUs too, for an iteration of the whole run."""
     torch.manual_seed(_seed(seed, _ITERATION, get_rank(), iteration))
 
 
@@ -141,10 +136,6 @@ def place_indices(sampler: Sampler, seed: int) -> None:
 
     The sampler stays the object that it is, of a class derived from its own: loaders and batch
     samplers hold it, look at its type and at what else it has.
-
-    Args:
-        sampler: Of any kind.
-        seed: That of the run.
     """
     if not hasattr(sampler, 'run_begun'):
         sampler.__class__ = _placing(type(sampler))

@@ -47,10 +47,6 @@ def norms_in_words(model: nn.Module) -> list[str]:
 def check_norms_asked_for(model: nn.Module, config: Mapping) -> None:
     """See that a config that asks for SSN has brought it into the model.
 
-    Args:
-        model: What was built of the config.
-        config: The whole config.
-
     Raises:
         InputError: Naming every ``norm_cfg`` of the model.
     """
@@ -83,10 +79,6 @@ def _request_for_ssn(config: Mapping) -> str | None:
 def check_classes(model: nn.Module, classes: Sequence[str] | None) -> None:
     """See that every head that tells classes apart has as many as the data set.
 
-    Args:
-        model: What is trained.
-        classes: Of the data set; None where it names none.
-
     Raises:
         InputError: Naming the head that has fewer.
     """
@@ -103,9 +95,7 @@ def check_labels(model: nn.Module, batch: object) -> None:
 
     The loss that meets one says nothing of where it comes from; on a GPU it says nothing at all.
 
-    Args:
-        model: What is trained.
-        batch: Of a data loader of mmdet, mmseg or mmpretrain; any other is left alone.
+    A batch that is not of mmdet, mmseg or mmpretrain is left alone.
 
     Raises:
         InputError: Naming the label, its image and the head.

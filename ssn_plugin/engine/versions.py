@@ -51,9 +51,6 @@ def code_version(folder: Path) -> str:
     '-dirty' follows if a Python file is not as committed; what a measurement itself has written
     does not count. Where git has no files of the folder it is the version of this package.
 
-    Args:
-        folder: Anywhere in the checkout.
-
     Example:
         >>> from pathlib import Path
         >>> from ssn_plugin.engine.versions import code_version

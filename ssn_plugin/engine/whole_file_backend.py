@@ -15,24 +15,13 @@ class WholeFileBackend(LocalBackend):
     _later: list | None = None
 
     def put(self, obj: bytes, filepath: str | os.PathLike) -> None:
-        """Write bytes.
-
-        Args:
-            obj: The bytes.
-            filepath: The file; its folder is made where it is missing.
-        """
+        """Write bytes into a folder that is made where it is missing."""
         os.makedirs(os.path.dirname(filepath) or '.', exist_ok=True)
         with whole_file(filepath) as temporary:
             temporary.write_bytes(obj)
 
     def put_text(self, obj: str, filepath: str | os.PathLike, encoding: str = 'utf-8') -> None:
-        """Write text.
-
-        Args:
-            obj: The text.
-            filepath: The file; its folder is made where it is missing.
-            encoding: Of the text.
-        """
+        """Write text as :meth:`put` does bytes."""
         self.put(obj.encode(encoding), filepath)
 
     def remove(self, filepath: str | os.PathLike) -> None:

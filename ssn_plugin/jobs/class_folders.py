@@ -18,9 +18,7 @@ def check_class_folders(config: Config, splits: tuple[str, ...]) -> None:
     Data sets that name their classes in an annotation file, and those of other types than
     mmpretrain's CustomDataset and ImageNet, are left alone.
 
-    Args:
-        config: The whole config; the folders exist.
-        splits: Which of 'train', 'val' and 'test' the run needs.
+    ``splits`` are those that the run needs; their folders exist.
 
     Raises:
         InputError: If a split has no class folders or others than the first one, or their number is

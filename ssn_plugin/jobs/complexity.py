@@ -43,10 +43,6 @@ def complexity_of(model: nn.Module, batch: dict) -> Complexity:
     SSN, SN, SelectedNorm and our InstanceNorm it sees operators that it does not count, so they are
     counted here at the same rates. Activations, additions, pooling and what follows the network
     (non-maximum suppression, drawing of masks) it leaves out.
-
-    Args:
-        model: A model of OpenMMLab in evaluation.
-        batch: Of :func:`ssn_plugin.jobs.sample_images.sample_batches`.
     """
     data = model.data_preprocessor(copy.deepcopy(batch), False)
     with _counted_norms(model) as counts, quiet(MMLogger.get_current_instance()):

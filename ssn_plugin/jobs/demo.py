@@ -77,9 +77,7 @@ class DemoResult(NamedTuple):
 def run_demo(task: str, work_dir: Path) -> DemoResult:
     """Train a demo config from scratch; an interrupted run goes on where it stopped.
 
-    Args:
-        task: 'det' or 'seg'.
-        work_dir: Folder for logs, checkpoint and pictures.
+    ``work_dir`` gets logs, checkpoint and pictures.
 
     Raises:
         InputError: If there is no clone of the repository, a part of the framework is missing or

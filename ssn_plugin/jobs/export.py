@@ -54,11 +54,7 @@ class Exported(NamedTuple):
 
 
 class Features(nn.Module):
-    """What backbone and neck make of images, as a tuple.
-
-    Args:
-        model: A detector, or whatever else has a backbone.
-    """
+    """What backbone and neck make of images, as a tuple."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -66,11 +62,7 @@ class Features(nn.Module):
         self.neck = getattr(model, 'neck', None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of images.
-
-        Args:
-            x: Shape (N, 3, H, W), normalised.
-        """
+        """Features of normalised images, (N, 3, H, W)."""
         features = self.backbone(x)
         features = features if self.neck is None else self.neck(features)
         return (features,) if isinstance(features, Tensor) else tuple(features)
@@ -85,11 +77,7 @@ class Logits(nn.Module):
         self.decode_head = model.decode_head
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        """Logits of images, resized to them as for the predictions.
-
-        Args:
-            x: Shape (N, 3, H, W), normalised.
-        """
+        """Logits of normalised images, (N, 3, H, W), resized to them as for the predictions."""
         logits = self.decode_head(self.features(x))
         if isinstance(logits, tuple):  # EncNet tells which classes there are besides
             logits = logits[0]

@@ -42,11 +42,7 @@ _DISTRIBUTIONS = {
 
 
 def framework_script(config: Config, name: str) -> Path:
-    """The script of the framework that a config is for, by its ``default_scope``.
-
-    Args:
-        config: The config.
-        name: 'train.py' or 'test.py'.
+    """The 'train.py' or 'test.py' of the framework that a config names by its ``default_scope``.
 
     Raises:
         InputError: If the scope is no package, or it is not installed with its tools.
@@ -111,9 +107,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def train(args: argparse.Namespace, arguments: list[str]) -> None:
     """Check config, data and weights, then train by the framework's ``tools/train.py``.
 
-    Args:
-        args: What :func:`add_train_arguments` parsed.
-        arguments: The whole command line for the framework's script.
+    ``arguments`` are the whole command line for that script.
 
     Raises:
         InputError: If something is missing.
@@ -142,9 +136,7 @@ def train(args: argparse.Namespace, arguments: list[str]) -> None:
 def test(args: argparse.Namespace, arguments: list[str]) -> None:
     """Check config, checkpoint and data, then evaluate by the framework's ``tools/test.py``.
 
-    Args:
-        args: What :func:`add_test_arguments` parsed.
-        arguments: The whole command line for the framework's script.
+    ``arguments`` are the whole command line for that script.
 
     Raises:
         InputError: If something is missing.

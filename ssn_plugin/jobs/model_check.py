@@ -22,10 +22,6 @@ _COMMON_NORMS = ('SSN', 'SyncSSN', 'SN', 'BN', 'SyncBN', 'GN', 'LN')
 def checked_model(config: Config, path: str | os.PathLike) -> nn.Module | None:
     """Build the model of a config, if it has one, once the types of its norm layers are known.
 
-    Args:
-        config: The whole config.
-        path: Where it is from, for the error.
-
     Raises:
         InputError: If it cannot be built.
     """

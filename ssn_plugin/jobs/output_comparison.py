@@ -82,11 +82,6 @@ def compare_outputs(first: nn.Module, second: nn.Module, batches: Iterable[dict]
     parts while it predicts. Heads that follow a decision get the first model's proposals. What is
     decided (boxes, classes of pixels) is compared besides. Networks that draw draw the same.
 
-    Args:
-        first: The model to compare with.
-        second: The other.
-        batches: Of :func:`ssn_plugin.jobs.sample_images.sample_batches`.
-
     Raises:
         InputError: If a model does not run on the images, or gives nothing to compare.
     """

@@ -44,10 +44,6 @@ _DEMO_FOLDER = 'data/imagefolder'
 def check_data(config: Config, split: str) -> None:
     """Look for the files and folders of a data loader and of its evaluator.
 
-    Args:
-        config: The whole config.
-        split: 'train', 'val' or 'test'.
-
     Raises:
         InputError: Naming what is missing, where it was looked for and how to get it.
     """
@@ -67,10 +63,7 @@ def check_data(config: Config, split: str) -> None:
 def check_datasets(config: Config, split: str, remedy: str) -> None:
     """Look for the files and folders of a data loader.
 
-    Args:
-        config: The whole config.
-        split: 'train', 'val' or 'test'.
-        remedy: What else a user can do; ``{key}`` becomes the place in the config.
+    ``remedy`` says what else a user can do; ``{key}`` in it becomes the place in the config.
 
     Raises:
         InputError: Naming what is missing, where it was looked for and how to get it.
@@ -144,11 +137,8 @@ def check_checkpoint(
 ) -> Mapping:
     """Load a checkpoint once, to see that it can be; return what it holds.
 
-    Args:
-        name: The argument or config entry that names it.
-        path: File or address.
-        read: How to.
-        advice: What to do about it, for the error.
+    ``name`` is the argument or config entry that names it and ``advice`` what to do about it, for
+    the error.
 
     Raises:
         InputError: If there is no such file or it cannot be loaded.

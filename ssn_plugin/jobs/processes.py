@@ -20,11 +20,6 @@ _WRAPPER = 'MMDistributedDataParallel'
 def join_processes(launcher: str, config: Config, arguments: list[str]) -> list[str]:
     """Prepare this process for the launcher of a framework's script.
 
-    Args:
-        launcher: The script's ``--launcher``.
-        config: What the script is going to run.
-        arguments: The script's command line.
-
     Returns:
         The command line to give it instead.
 

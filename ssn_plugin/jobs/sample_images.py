@@ -26,10 +26,7 @@ def sample_images(config: Config, named: Sequence[str] = (), count: int = 4) -> 
     Of data that are no image files, such as videos, and of frameworks whose pipelines want more
     than a file, it is the indices of samples in the test data set.
 
-    Args:
-        config: The whole config.
-        named: Files, which are all taken, and folders.
-        count: How many images to take of a folder or of the data set, spread evenly.
+    Named files are all taken; of a named folder, or of the data set, ``count``, spread evenly.
 
     Raises:
         InputError: If there are none.

@@ -18,9 +18,7 @@ from ssn_plugin.jobs.explained_errors import building
 def model_settings(config: Config) -> dict:
     """The model's part of a config, with its data preprocessor, wherever that stands.
 
-    Args:
-        config: The config, which is not changed. mmpretrain's have ``data_preprocessor`` beside
-            ``model``, and the Runner puts it there.
+    mmpretrain has ``data_preprocessor`` beside ``model``, and the Runner puts it there.
     """
     settings = copy.deepcopy(config.model)
     if config.get('data_preprocessor') is not None:
@@ -30,10 +28,6 @@ def model_settings(config: Config) -> dict:
 
 def build_model(config: Config, path: str | os.PathLike) -> nn.Module:
     """Build the model of a config in the scope that the config names.
-
-    Args:
-        config: The config, which is not changed.
-        path: Where it is from, for the error.
 
     Raises:
         InputError: If the config has no model, or it cannot be built.
@@ -68,12 +62,6 @@ def load_strictly(
     model: nn.Module, state: Mapping[str, Tensor], checkpoint: str, config: str
 ) -> None:
     """Fill a model; every key of it and of the state dict has to have its counterpart.
-
-    Args:
-        model: Any module.
-        state: Its state dict.
-        checkpoint: Where the state dict is from, for the error.
-        config: Where the model is from, for the error.
 
     Raises:
         CheckpointError: Naming missing and unexpected keys, or the first of another shape.

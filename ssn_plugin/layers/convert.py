@@ -118,10 +118,8 @@ def control_of_bn(
 ) -> dict[str, Tensor]:
     """What an SSN that starts from a BatchNorm holds beside that layer's tensors.
 
-    Args:
-        normalizers: Candidates of the SSN.
-        bn_ratio: Importance ratio of BN; the others share the rest.
-        decided: Whether the layer has decided for BN, whatever the ratio.
+    The other candidates share what ``bn_ratio`` leaves. A ``decided`` layer has decided for BN,
+    whatever the ratio.
     """
     bn_ratio = 1 if decided else bn_ratio
     others = (1 - bn_ratio) / (len(normalizers) - 1)
@@ -212,11 +210,8 @@ def _values(held: object) -> Iterable:
 def replace_layers(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put new layers in the places of old ones, wherever a module holds them.
 
-    That may be in an attribute or a plain list too, by which its forward pass goes.
-
-    Args:
-        model: Any module; changed in place.
-        made: Old layer -> new layer.
+    That may be in an attribute or a plain list too, by which its forward pass goes. ``made`` leads
+    from each old layer to the new one; the model is changed in place.
 
     Returns:
         The model; a new layer if the model itself is replaced.

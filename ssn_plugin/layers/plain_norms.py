@@ -28,12 +28,7 @@ class BatchNorm(nn.BatchNorm2d):
     known when it collapses. The first input turns this into ``nn.BatchNorm1d``, ``2d`` or ``3d``,
     with the same parameters and buffers; tools that look for these classes find them.
 
-    Args:
-        num_features: C.
-        eps: Added to the variance.
-        momentum: Weight of the new value in the running statistics.
-        affine: Whether to learn ``weight`` and ``bias``.
-        track_running_stats: Whether to keep statistics for evaluation.
+    Arguments are those of ``nn.BatchNorm2d``.
 
     Example:
         >>> import torch
@@ -49,11 +44,7 @@ class BatchNorm(nn.BatchNorm2d):
         _check_dimensions(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise.
-
-        Args:
-            x: Shape (N, C, ...).
-        """
+        """Normalise x of shape (N, C, ...)."""
         if is_symbolic(x):
             return as_leaf(self, x)
         if x.dim() in _BATCH_NORMS and not is_compiling():
@@ -75,11 +66,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise every group of channels of a sample.
-
-        Args:
-            x: Shape (N, C, ...).
-        """
+        """Normalise every group of channels of a sample, for x of shape (N, C, ...)."""
         if is_symbolic(x):
             return as_leaf(self, x)
         if torch.onnx.is_in_onnx_export():
@@ -101,11 +88,7 @@ class _RowNorm:
         _check_dimensions(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise every (sample, channel) row.
-
-        Args:
-            x: Shape (N, C, ...).
-        """
+        """Normalise every (sample, channel) row of x, (N, C, ...)."""
         if is_symbolic(x):
             return as_leaf(self, x)
         self._check_input_dim(x)

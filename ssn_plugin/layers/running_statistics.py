@@ -97,10 +97,8 @@ def batch_averages(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
     """Averages of the means and variances of batches, over all processes where there are several.
 
-    Args:
-        model: Any module; its buffers and modes are afterwards what they were.
-        forward: Called with every batch, in training mode.
-        batches: What to average over.
+    ``forward`` is called with every batch, in training mode. Buffers and modes of the model are
+    afterwards what they were.
 
     Returns:
         Name of a layer -> mean and variance, and the names of the layers that no batch gave finite

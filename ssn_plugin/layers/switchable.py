@@ -44,18 +44,7 @@ def _recomputes() -> bool:
 class StatisticsNorm(nn.Module):
     """Base of the norm layers of this package: an affine map, running statistics, input checks.
 
-    Args:
-        num_features: C, the number of channels.
-        eps: Added to the variance.
-        momentum: Weight of the new value in the running statistics, or None for the cumulative
-            average, as in ``torch.nn.BatchNorm2d``.
-        affine: Whether to learn ``weight`` and ``bias``.
-        track_running_stats: Whether 'BN' keeps running statistics for evaluation.
-        num_groups: Groups of 'GN': the largest divisor of C up to it.
-        correction: 0 for the paper's variances, 1 for those of the authors' release.
-
-    Raises:
-        ValueError: If an argument is out of its range; the message names it.
+    Its arguments are those of :class:`ssn_plugin.SSN` that have the same names.
     """
 
     _dims: tuple[int, ...] = (2, 3, 4, 5)
@@ -204,21 +193,7 @@ class SwitchableNorm(StatisticsNorm):
 
     A subclass says how control parameters become importance ratios, by :meth:`_control`.
 
-    Args:
-        num_features: C, the number of channels.
-        eps: Added to the mixed variance.
-        momentum: Weight of the new value in the running statistics, or None for the cumulative
-            average, as in ``torch.nn.BatchNorm2d``.
-        affine: Whether to learn ``weight`` and ``bias``.
-        track_running_stats: Whether 'BN' keeps running statistics for evaluation.
-        normalizers: Candidates out of 'IN', 'LN', 'BN', 'GN'.
-        num_groups: Groups of 'GN': the largest divisor of C up to it.
-        correction: 0 for the paper's variances, 1 for those of the authors' release.
-        device: Of parameters and buffers.
-        dtype: Of parameters and running statistics.
-
-    Raises:
-        ValueError: If an argument is out of its range; the message names it.
+    Its arguments are those of :class:`ssn_plugin.SSN` without the radius.
     """
 
     _version = 1

@@ -68,13 +68,7 @@ def collapsed_config(
     native: bool = False,
     folded: Sequence[tuple[str, str]] = (),
 ) -> Config:
-    """The config of a model after its collapse.
-
-    Args:
-        config: That of the training; it is not changed.
-        choices: As for :func:`build_collapsed_ssn`.
-        native: As for :func:`ssn_plugin.collapse_ssn`.
-        folded: As for :func:`build_collapsed_ssn`.
+    """The config of a model after its collapse; that of the training is not changed.
 
     Returns:
         A config without pre-trained weights and without the hooks that an SSN training needs.
@@ -98,11 +92,7 @@ def collapsed_config(
 
 
 def inference_config(config: Config) -> Config:
-    """A copy without pre-trained weights, and without hooks whose work ends with the training.
-
-    Args:
-        config: That of the training.
-    """
+    """A copy without pre-trained weights, and without hooks whose work ends with the training."""
     config = copy.deepcopy(config)
     _drop_pretrained(config.model)
     config.load_from = None

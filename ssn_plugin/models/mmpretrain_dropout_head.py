@@ -32,9 +32,5 @@ class DropoutLinearClsHead(LinearClsHead):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """Classify.
-
-        Args:
-            feats: Features by stage; the last ones, of shape (N, in_channels), count.
-        """
+        """Classify the features of the last stage, (N, in_channels)."""
         return self.fc(self.dropout(self.pre_logits(feats)))

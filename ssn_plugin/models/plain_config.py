@@ -18,9 +18,7 @@ def plain_config(config: Config, layers: Mapping[str, SSN]) -> Config:
     A ``norm_cfg`` of a framework names one norm for every layer that is made of it, so these must
     have chosen the same normalizer.
 
-    Args:
-        config: That of the training; it is not changed.
-        layers: Name -> every SSN layer of its model, decided.
+    ``layers`` are all SSN layers of the model by their names, decided.
 
     Raises:
         InputError: If layers of one ``norm_cfg`` chose differently, the backbone has a stem of its

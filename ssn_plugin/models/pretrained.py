@@ -26,14 +26,9 @@ from ssn_plugin.errors import CheckpointError
 
 
 def load_checkpoint(path: str, allow_pickle: bool = False) -> dict:
-    """Read a checkpoint by file name, or by an address that mmengine knows.
+    """Read a checkpoint by file name, or by an address that mmengine knows, to the CPU.
 
-    Args:
-        path: A file, or an address such as ``https://...`` or ``bn2ssn://...``.
-        allow_pickle: Unpickle code in it, which is then trusted.
-
-    Returns:
-        What it holds, on the CPU.
+    An address is ``https://...`` or ``bn2ssn://...``, for example.
 
     Raises:
         CheckpointError: If there is none, it cannot be read without running code that is in it, or
@@ -67,20 +62,12 @@ def _check_download(address: str) -> None:
 
 
 def pretrained_entries(init_cfg: object) -> Iterator[dict]:
-    """The entries of an ``init_cfg`` that load a checkpoint.
-
-    Args:
-        init_cfg: A dict, a list of dicts or None.
-    """
+    """The entries of an ``init_cfg``, a dict, a list of dicts or None, that load a checkpoint."""
     yield from (entry for entry in as_list(init_cfg) if _loads(entry))
 
 
 def without_pretrained(init_cfg: object) -> list[dict]:
-    """The other entries of an ``init_cfg``.
-
-    Args:
-        init_cfg: A dict, a list of dicts or None.
-    """
+    """The other entries of an ``init_cfg``."""
     return [entry for entry in as_list(init_cfg) if not _loads(entry)]
 
 
@@ -90,11 +77,6 @@ def _loads(entry: dict) -> bool:
 
 def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     """Fill a backbone; mmengine itself would only log what it cannot load.
-
-    Args:
-        backbone: Any module of mmengine.
-        state: Of :func:`checked_weights`.
-        path: Where it is from.
 
     Raises:
         CheckpointError: If a layer refuses what it is given.
@@ -109,10 +91,6 @@ def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], path: str)
 
 def checked_weights(backbone: nn.Module, entry: dict) -> tuple[OrderedDict[str, Tensor], str]:
     """Read the weights for a backbone and see that they fill it.
-
-    Args:
-        backbone: With ``stem_padding``, the padding of its stem's pool.
-        entry: Of :func:`pretrained_entries`.
 
     Returns:
         The weights, and in one line what they bring.
@@ -196,10 +174,6 @@ def warn_of_padding(backbone: nn.Module, checkpoint: Mapping, path: str) -> None
 
 def load_warm_start(module: nn.Module, entry: dict) -> None:
     """Fill any module from an entry that names ``bn2ssn://`` or ``sn2ssn://``.
-
-    Args:
-        module: A backbone, neck or head with SSN layers, or a whole model.
-        entry: Of :func:`pretrained_entries`.
 
     Raises:
         CheckpointError: If the file cannot be read, or its norms do not fit the module's.

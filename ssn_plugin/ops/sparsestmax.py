@@ -31,9 +31,6 @@ def circumradius(num_candidates: int) -> float:
 
     From this radius on SparsestMax is one-hot.
 
-    Args:
-        num_candidates: K, at least 2.
-
     Example:
         >>> round(circumradius(3), 4)
         0.8165
@@ -112,16 +109,7 @@ class SparsestMaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, radius: Tensor) -> Tensor:
-        """Project ``z``.
-
-        Args:
-            ctx: Autograd context.
-            z: Shape (..., K), floating point.
-            radius: 0-d, on any device.
-
-        Returns:
-            Shape (..., K), in the dtype of ``z``.
-        """
+        """Project ``z`` of shape (..., K); ``radius`` is 0-d, on any device."""
         size = z.shape[-1]
         dtype = torch.promote_types(z.dtype, torch.float32)
         values = z.to(dtype)
@@ -180,15 +168,7 @@ class SparsestMaxFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dp: Tensor) -> tuple[Tensor, None]:
-        """``slope * (I - n n^T)`` on the centred gradient of the support.
-
-        Args:
-            ctx: Autograd context.
-            dp: Shape (..., K).
-
-        Returns:
-            Gradient of ``z``, and None for the radius.
-        """
+        """``slope * (I - n n^T)`` on the centred gradient of the support."""
         direction, support, slope = ctx.saved_tensors
         dz = dp.to(support.dtype) * support
         dz = (dz - dz.sum(-1, keepdim=True) / support.sum(-1, keepdim=True)) * support
@@ -220,11 +200,7 @@ class Projection(NamedTuple):
         return self.support if len(self.support) > 1 and self.slope != 0 else []
 
     def pull_back(self, dp: list[float]) -> list[float]:
-        """Gradient of the vector.
-
-        Args:
-            dp: Gradients of the K ratios; those that cannot move are not read.
-        """
+        """Gradient of the vector from those of the ratios; only those that move are read."""
         dz = [0.0] * len(self.ratios)
         support = self.moving
         if support:

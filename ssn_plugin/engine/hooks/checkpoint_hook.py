@@ -56,11 +56,7 @@ class SSNCheckpointHook(CheckpointHook):
             raise CheckpointError(f'{reason}; {rest}') from error
 
     def before_train(self, runner) -> None:
-        """As in the base class; clear away what a killed run left half-written in the folder.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """As in the base class; clear away what a killed run left half-written in the folder."""
         super().before_train(runner)
         self._trains = True
         if is_main_process() and isinstance(self.file_backend, WholeFileBackend):
@@ -123,9 +119,6 @@ class SSNCheckpointHook(CheckpointHook):
 
         A run that was ended before its last iteration, by EarlyStoppingHook for one, gets its last
         checkpoint here.
-
-        Args:
-            runner: mmengine's Runner.
         """
         if self.save_last and ended_early(runner):
             step = runner.epoch if self.by_epoch else runner.iter

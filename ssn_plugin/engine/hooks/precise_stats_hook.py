@@ -71,20 +71,12 @@ class PreciseStatsHook(Hook):
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def before_run(self, runner) -> None:
-        """Register a helper hook that runs before all other hooks when a validation ends.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Register a helper hook that runs before all other hooks when a validation ends."""
         runner._hooks = list(runner.hooks)  # a new list: mmengine is iterating over the old one
         runner.register_hook(_TakeBack(self))
 
     def before_train(self, runner) -> None:
-        """Check that batches can be had.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Check that batches can be had."""
         batches = getattr(runner.train_dataloader, 'batch_sampler', None)
         if not hasattr(batches, 'batch_size'):
             kind = type(runner.train_dataloader.dataset).__name__
@@ -100,23 +92,12 @@ class PreciseStatsHook(Hook):
         self._trains = True
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """After the last iteration, and before its checkpoint, make the averages the statistics.
-
-        Args:
-            runner: mmengine's Runner.
-            batch_idx: Number of the batch, in an epoch-based loop within the epoch.
-            data_batch: Unused.
-            outputs: Unused.
-        """
+        """After the last iteration, and before its checkpoint, make the averages the statistics."""
         if is_last_iteration(runner, batch_idx):
             self._finish(runner)
 
     def after_train(self, runner) -> None:
-        """Make the averages the statistics where the run was ended before its last iteration.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Make the averages the statistics where the run was ended before its last iteration."""
         if self._trains and ended_early(runner):
             self._finish(runner)
 
@@ -128,11 +109,7 @@ class PreciseStatsHook(Hook):
         self._trains = False  # what follows is validated with these
 
     def before_val_epoch(self, runner) -> None:
-        """Put the averages into the model, which has the weights by now that are validated.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Put the averages into the model, which has the weights by now that are validated."""
         model = unwrapped(runner.model)
         if self._trains:
             self._validated = self._estimate(runner, model)
@@ -151,20 +128,14 @@ class PreciseStatsHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Put the averages into what a validation saves as the best.
 
-        Args:
-            runner: mmengine's Runner.
-            checkpoint: Gets them unless it is one to resume from, or has other weights.
+        A checkpoint to resume from, or of other weights, does not get them.
         """
         best = self._validated is not None and 'optimizer' not in checkpoint
         if best and self._validated.are_of(checkpoint['state_dict']):
             checkpoint['state_dict'].update(self._validated.as_state(checkpoint['state_dict']))
 
     def after_val(self, runner) -> None:
-        """Forget the averages.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Forget the averages."""
         self.take_back()  # for loops that do not call after_val_epoch
         self._validated = None
 

@@ -77,12 +77,7 @@ class SSNRadiusHook(Hook):
         return radius_at(progress, self.begin, self.end, self.start_radius, self.end_radius)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Fit a warm start (``bn2ssn://``) to the model, and name the candidates of old files.
-
-        Args:
-            runner: mmengine's Runner.
-            checkpoint: What was loaded; a warm start gets the model's names.
-        """
+        """Fit a warm start (``bn2ssn://``) to the model, and name the candidates of old files."""
         fit_loaded(unwrapped(runner.model), checkpoint)
         if runner._resume:  # the checkpoint tells which parts of the model are averaged copies
             known = checkpoint.get('meta', {}).get('averaged_copies', ())
@@ -92,11 +87,7 @@ class SSNRadiusHook(Hook):
             checkpoint['state_dict'] = record_candidates(checkpoint['state_dict'], told)
 
     def before_train(self, runner) -> None:
-        """Say so if there is nothing to schedule, or nothing that could be learned.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Say so if there is nothing to schedule, or nothing that could be learned."""
         keep_ratios(runner.optim_wrapper, runner.param_schedulers)
         self._rates = pairs_to_watch(runner.optim_wrapper)
         if changed := changed_since(runner):
@@ -121,11 +112,6 @@ class SSNRadiusHook(Hook):
         """Set the radius, in all averaged copies of the model too.
 
         Warn once if control parameters have lost their share of the learning rate.
-
-        Args:
-            runner: mmengine's Runner.
-            batch_idx: Number of the batch, in an epoch-based loop within the epoch.
-            data_batch: Unused.
         """
         for text in lost_ratios(self._rates):
             runner.logger.warning(f'SSNRadiusHook: in iteration {runner.iter + 1} {text}')
@@ -150,10 +136,8 @@ class SSNRadiusHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Tell in the checkpoint's ``meta`` what its weights do not show of the backbone.
 
-        Args:
-            runner: mmengine's Runner.
-            checkpoint: Gets ``normalizers``, in their order, ``stem_padding``, and the names of
-                ``averaged_copies``.
+        These are ``normalizers``, in their order, ``stem_padding``, and the names of
+        ``averaged_copies``.
         """
         model = unwrapped(runner.model)
         traits = traits_of(getattr(model, 'backbone', model))
@@ -161,11 +145,7 @@ class SSNRadiusHook(Hook):
         checkpoint.setdefault('meta', {}).update(traits, averaged_copies=names)
 
     def after_train(self, runner) -> None:
-        """Warn about layers that did not become one-hot.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Warn about layers that did not become one-hot."""
         model = unwrapped(runner.model)
         layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, SSN)}
         lost = [name for name, layer in layers.items() if _is_lost(layer)]

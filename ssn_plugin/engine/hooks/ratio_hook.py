@@ -72,11 +72,7 @@ class SSNRatioHook(Hook):
         self._recorded = 0  # iterations, at the last record
 
     def before_train(self, runner) -> None:
-        """Begin ``ratios.jsonl``, or go on with it.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Begin ``ratios.jsonl``, or go on with it."""
         tolerate_full_disk(runner.visualizer, runner.logger)
         rows = layer_ratios(unwrapped(runner.model))
         if not rows or not is_main_process():
@@ -98,14 +94,7 @@ class SSNRatioHook(Hook):
             )
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Record.
-
-        Args:
-            runner: mmengine's Runner.
-            batch_idx: Number of the batch, in an epoch-based loop within the epoch.
-            data_batch: Unused.
-            outputs: Unused.
-        """
+        """Record."""
         last = is_last_iteration(runner, batch_idx)
         recorded = self.every_n_train_iters(runner, self.interval) or last
         if recorded or _is_logged(runner, batch_idx):
@@ -136,11 +125,7 @@ class SSNRatioHook(Hook):
             self._history = None
 
     def after_train(self, runner) -> None:
-        """Record where the run was ended before its last iteration, then draw.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Record where the run was ended before its last iteration, then draw."""
         if ended_early(runner) and self._recorded != runner.iter:
             self._record(runner, runner.iter, recorded=True)
         if not self.report or self._history is None:

@@ -32,19 +32,11 @@ class SSNResumeHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner) -> None:
-        """Note the seed from before a checkpoint brings its own.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Note the seed from before a checkpoint brings its own."""
         self._seed_at_start = runner.seed
 
     def before_train(self, runner) -> None:
-        """Prepare the data loader.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Prepare the data loader."""
         loop = runner.train_loop
         sampler = getattr(getattr(loop.dataloader, 'batch_sampler', None), 'sampler', None)
         if getattr(sampler, 'seed', None) == self._seed_at_start:
@@ -61,20 +53,10 @@ class SSNResumeHook(Hook):
             loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
 
     def before_train_epoch(self, runner) -> None:
-        """Tell the sampler which epoch begins; in an iteration-based loop the only one.
-
-        Args:
-            runner: mmengine's Runner.
-        """
+        """Tell the sampler which epoch begins; in an iteration-based loop the only one."""
         if self._sampler is not None:
             self._sampler.begin(runner.epoch)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Seed.
-
-        Args:
-            runner: mmengine's Runner.
-            batch_idx: Unused.
-            data_batch: Unused.
-        """
+        """Seed."""
         seed_iteration(runner.seed, runner.iter)

@@ -95,8 +95,7 @@ def row_means(x: Tensor) -> Tensor:
 def row_moments(x: Tensor) -> Rows:
     """Moments of every row, the variance biased.
 
-    Args:
-        x: Shape (N, C, ...), not empty, float32 or float64.
+    x is not empty, float32 or float64.
     """
     num, channels = x.shape[:2]
     length = _length(x)
@@ -124,11 +123,7 @@ def row_moments(x: Tensor) -> Rows:
 def row_sums(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over every row of ``dy`` and of ``dy * (x - mean) * scale``, each (N, C).
 
-    Args:
-        dy: The shape of ``x``.
-        x: Shape (N, C, ...).
-        mean: Broadcasts to (N, C).
-        scale: Broadcasts to (N, C).
+    ``mean`` and ``scale`` broadcast to (N, C).
     """
     num, channels = shape = x.shape[:2]
     length = _length(x)

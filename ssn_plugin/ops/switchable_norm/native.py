@@ -33,11 +33,7 @@ class Native(NamedTuple):
 def kind_of(x: Tensor, normalizer: str, settings: Settings, running: bool) -> Native | None:
     """How ATen computes that normalizer on ``x``, or None where it does not do so exactly.
 
-    Args:
-        x: Shape (N, C, ...), not empty.
-        normalizer: The choice of mean and variance.
-        settings: Of the layer.
-        running: Whether 'BN' uses running statistics.
+    x is not empty; ``running`` says whether 'BN' uses running statistics.
     """
     if x.is_cpu and x.dtype == torch.float16 and not CPU_NORMALIZES_HALF:
         return None

@@ -168,12 +168,7 @@ def readable(*tensors: Tensor) -> bool:
 
 
 def read_ratios(control: Control, size: int) -> list[Ratios | None]:
-    """Importance ratios of means and variances, None where reading them would wait.
-
-    Args:
-        control: Where they come from.
-        size: K, the number of candidates.
-    """
+    """Importance ratios of means and variances, None where reading them would wait."""
     if control.mean is None or not readable(control.mean, control.var, *(control.selection or ())):
         return [None if k is None else decided_ratios(k, size) for k in control.known]
     tracks = torch.is_grad_enabled()

@@ -67,14 +67,7 @@ class Mixed(NamedTuple):
 
 
 def takes_part(normalizer: str, mean: Ratios, var: Ratios, settings: Settings) -> bool:
-    """Whether a candidate takes part in the mixture.
-
-    Args:
-        normalizer: Its name.
-        mean: Importance ratios of the means.
-        var: Importance ratios of the variances.
-        settings: Of the layer.
-    """
+    """Whether a candidate takes part in the mixture."""
     if normalizer not in settings.normalizers:
         return False
     k = settings.normalizers.index(normalizer)
@@ -85,22 +78,12 @@ def row_factor(length: int, correction: int) -> float:
     """Row variance with divisor ``length - correction``, in units of the biased one.
 
     A row of one element keeps its zero.
-
-    Args:
-        length: Elements per row.
-        correction: 0 or 1, as in ``torch.var``.
     """
     return length / (length - 1) if correction and length > 1 else 1.0
 
 
 def pool_size(normalizer: str, shape: tuple[int, int], num_groups: int) -> int:
-    """How many rows share a statistic.
-
-    Args:
-        normalizer: Whose statistic.
-        shape: (N, C).
-        num_groups: Groups of 'GN'.
-    """
+    """How many rows share a statistic; ``shape`` is (N, C)."""
     num, channels = shape
     if normalizer == 'IN':
         return 1
@@ -110,13 +93,7 @@ def pool_size(normalizer: str, shape: tuple[int, int], num_groups: int) -> int:
 
 
 def pool_total(values: Tensor, normalizer: str, num_groups: int) -> Tensor:
-    """Sum over the rows that share a statistic.
-
-    Args:
-        values: One number per row, (N, C).
-        normalizer: Whose statistic.
-        num_groups: Groups of 'GN'.
-    """
+    """Sum of one number per row, (N, C), over the rows that share a statistic."""
     if normalizer == 'IN':
         return values
     if normalizer == 'LN':

@@ -85,9 +85,6 @@ def supports(x: Tensor) -> bool:
 
     On the CPU the answer is no, even where ``TRITON_INTERPRET=1`` lets :func:`forward` and
     :func:`backward` run: that is for tests, a thousand times slower than ATen.
-
-    Args:
-        x: The input of the layer.
     """
     if not (_INSTALLED and x.is_cuda and x.dtype in _DTYPES):
         return False
