@@ -36,22 +36,17 @@ _CENTRE = _CORNERS.mean(0)
 INRADIUS, CIRCUMRADIUS = math.sqrt(1 / 6), math.sqrt(2 / 3)
 # How many records of a long training are drawn; more could not be told apart.
 _POINTS, _CURVE_POINTS = 120, 600
+_FRAMES = 50  # of an animation, at most
 
 
-def simplex_figure(history: History, title: str, index: int = -1) -> Figure:
+def simplex_figure(history: History, title: str) -> Figure:
     """The path of every layer with three candidates in their simplex, and the circle.
-
-    Args:
-        history: Of :func:`ssn_plugin.analysis.history.read_history`.
-        title: Title of the figure.
-        index: The record at which paths end, the last one by default.
 
     Raises:
         HistoryError: If there is no record, or no layer with three candidates.
     """
     _check(history)
-    end = index % len(history.lines) + 1
-    drawing = _SimplexDrawing(history._replace(lines=history.lines[:end]).thinned(_POINTS), title)
+    drawing = _SimplexDrawing(history.thinned(_POINTS), title)
     drawing.show(len(drawing.history.lines) - 1)
     return drawing.figure
 
@@ -60,7 +55,6 @@ def animate_simplex(
     history: History,
     title: str,
     path: Path,
-    frames: int = 50,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> None:
     """Write the simplex figure over the training as an animated GIF.
@@ -73,10 +67,10 @@ def animate_simplex(
     from PIL import Image
 
     _check(history)
-    history = history.thinned(max(frames, 2 * _POINTS))
+    history = history.thinned(2 * _POINTS)
     drawing = _SimplexDrawing(history, title)
     pictures = []
-    for index in progress(spread(len(history.lines), frames)):
+    for index in progress(spread(len(history.lines), _FRAMES)):
         drawing.show(index)
         pictures.append(Image.fromarray(as_image(drawing.figure, 72)))
         # Do the layout once, so that nothing moves from frame to frame.

@@ -585,7 +585,7 @@ def test_a_buffer_that_is_replaced_by_another():
 def test_a_model_that_cannot_be_copied_is_said(make_runner):
     class Uncopied:
         def __deepcopy__(self, memo):
-            raise RuntimeError('no\ncopy')
+            raise RuntimeError('no copy\nof it')
 
     runner = make_runner(True, hooks=[RADIUS, PRECISE], validate=True)
     runner.model.handle = Uncopied()

@@ -80,7 +80,7 @@ def test_hand_worked_ratios():
     # at radius 0 these are sparsemax: (.6, .4, -.3) -> (.6, .4, 0), (1.5, 0, 0) -> (1, 0, 0)
     set_control(model[0], [0.6, 0.4, -0.3], [1.5, 0.0, 0.0])
     set_control(model[1][0], [0.0, 0.0, 2.0], [0.0, 2.0, 0.0])
-    summary, per_layer = importance_scalars(model)
+    summary, per_layer = importance_scalars(model, layer_ratios(model))
     assert per_layer == pytest.approx(
         {
             'ssn/0/mean/IN': 0.6, 'ssn/0/mean/LN': 0.4, 'ssn/0/mean/BN': 0.0,
@@ -101,20 +101,20 @@ def test_radius_is_the_largest_of_the_model():
     model[0].requires_grad_(False)  # a frozen stage keeps its radius
     set_radius(model, 0.5)
     assert [layer.radius.item() for layer in model] == pytest.approx([0.2, 0.5, 0.5])
-    assert importance_scalars(model)[0]['ssn_radius'] == 0.5
-    assert importance_scalars(model)[0]['ssn_decided'] == 0
+    assert importance_scalars(model, layer_ratios(model))[0]['ssn_radius'] == 0.5
+    assert importance_scalars(model, layer_ratios(model))[0]['ssn_decided'] == 0
     set_radius(model, 1.0)
-    assert importance_scalars(model)[0]['ssn_radius'] == 1.0
-    assert importance_scalars(model)[0]['ssn_decided'] == 2
+    assert importance_scalars(model, layer_ratios(model))[0]['ssn_radius'] == 1.0
+    assert importance_scalars(model, layer_ratios(model))[0]['ssn_decided'] == 2
 
 
 def test_radius_of_a_frozen_stage_does_not_count():
     # Pretrained weights bring the radius at the end of their own schedule.
     model = nn.Sequential(SSN(4, radius=1.0), SSN(4)).requires_grad_(False)
-    assert importance_scalars(model)[0]['ssn_radius'] == 1.0
+    assert importance_scalars(model, layer_ratios(model))[0]['ssn_radius'] == 1.0
     model[1].requires_grad_(True)
     set_radius(model, 0.25)
-    assert importance_scalars(model)[0]['ssn_radius'] == 0.25
+    assert importance_scalars(model, layer_ratios(model))[0]['ssn_radius'] == 0.25
 
 
 def test_layers_of_different_candidates():
@@ -124,7 +124,7 @@ def test_layers_of_different_candidates():
         SSN(4, normalizers=('IN', 'LN', 'BN', 'GN'), num_groups=2, radius=0.3),
     )
     set_control(model[0], [0.7, 0.3], [0.2, 0.8])
-    summary, per_layer = importance_scalars(model)
+    summary, per_layer = importance_scalars(model, layer_ratios(model))
     assert list(per_layer) == [
         f'ssn/{i}/{statistic}/{normalizer}'
         for i, names in enumerate((('IN', 'BN'), ('IN', 'LN'), ('IN', 'LN', 'BN', 'GN')))
@@ -147,7 +147,7 @@ def test_layers_of_different_candidates():
 def test_sn_alone_has_ratios_and_no_radius():
     model = nn.Sequential(SN(4), SN(4))
     set_control(model[0], [0.0, 0.0, 0.0], [50.0, 0.0, 0.0])
-    summary, per_layer = importance_scalars(model)
+    summary, per_layer = importance_scalars(model, layer_ratios(model))
     assert summary['ssn_radius'] == 0
     assert summary['ssn_decided'] == 0  # two statistics make a layer
     assert summary['ssn_BN'] == pytest.approx((3 / 3 + 0) / 4, abs=1e-6)
@@ -155,7 +155,7 @@ def test_sn_alone_has_ratios_and_no_radius():
 
 
 def test_model_without_such_layers():
-    assert importance_scalars(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))) == ({}, {})
+    assert importance_scalars(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), []) == ({}, {})
 
 
 @pytest.mark.parametrize('interval', [0, -1, 2.0, '5', None, True])

@@ -183,18 +183,13 @@ def _is_finite(row: LayerRatios) -> bool:
 
 
 def importance_scalars(
-    model: nn.Module, rows: list[LayerRatios] | None = None
+    model: nn.Module, rows: list[LayerRatios]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Radius, decided layers and ratios of a model as named numbers.
-
-    Args:
-        model: Any module.
-        rows: Its importance ratios, where they are known already.
+    """Radius, decided layers and ratios of a model, whose rows these are, as named numbers.
 
     Returns:
         The summary over all layers, and the ratios layer by layer.
     """
-    rows = layer_ratios(model) if rows is None else rows
     if not rows:
         return {}, {}
     per_layer: dict[str, float] = {}
