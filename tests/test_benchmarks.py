@@ -153,8 +153,9 @@ def test_sparsestmax(run, benchmark, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('network', ['mask-rcnn', 'deeplabv3plus'])
-@pytest.mark.parametrize('norm', ['BN', 'SSN decided'])
+@pytest.mark.parametrize(
+    ('network', 'norm'), [('mask-rcnn', 'SSN decided'), ('deeplabv3plus', 'BN')]
+)
 def test_training_step(benchmark, network, norm):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')

@@ -96,8 +96,8 @@ def compare(clone: Path, base: str, options: str, norms: list[str], folder: str)
 
 def test_norms_on_own_segmentation_data(clone):
     options = options_of_the_try('your-seg-data') + SHORT + SEGMENTATION
-    scores = compare(clone, 'my_seg_config.py', options, ['BN', 'GN', 'SSN'], 'work_dirs/seg')
-    assert [0 <= score['mIoU'] <= 100 for score in scores] == [True] * 3
+    scores = compare(clone, 'my_seg_config.py', options, ['GN', 'SSN'], 'work_dirs/seg')
+    assert [0 <= score['mIoU'] <= 100 for score in scores] == [True] * 2
     log = next((clone / 'work_dirs/seg').glob('SSN-0/*/*.log')).read_text()
     assert 'images per process: 2' in log
 

@@ -1,4 +1,7 @@
-"""torch.export and torch.jit.trace of whole collapsed networks hold for every size of input."""
+"""torch.jit.trace of whole collapsed networks holds for every size of input.
+
+That torch.export of them does is seen where ONNX files of the same networks are made.
+"""
 
 import copy
 
@@ -23,11 +26,7 @@ def test_demo_networks(scope):
     recorded = hold_ratios(collapse_ssn(copy.deepcopy(network), keep_undecided=True))
     assert not [layer for layer in recorded.modules() if isinstance(layer, SSN)]
     example = torch.randn(2, 3, 96, 128)
-    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    program = torch.export.export(recorded, (example,), dynamic_shapes=(sizes,)).module()
     traced = torch.jit.trace(recorded, example, check_trace=False)
     for shape in ((1, 3, 64, 64), (3, 3, 97, 161), (2, 3, 160, 96)):
         x = torch.randn(shape)
-        expected = network(x)
-        for run in (program, traced):
-            assert relative_difference(run(x), expected) < 1e-5
+        assert relative_difference(traced(x), network(x)) < 1e-5
