@@ -59,9 +59,6 @@ def write_run_report(
         rows: What the layers chose, for a folder without a history.
         path: File to write, ``report.html`` in that folder by default.
 
-    Returns:
-        The file.
-
     Raises:
         InputError: If the history is empty or a file cannot be read.
         HistoryError: If there is neither a history that can be read, nor ``rows``.

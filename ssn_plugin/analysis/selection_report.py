@@ -24,9 +24,6 @@ def write_selection(
     shares; for several ``comparison.csv`` and a figure. Figures are PNG and SVG.
 
     ``progress`` wraps the sequence of figures, to show how far it is.
-
-    Returns:
-        The files.
     """
     tables = [folder / 'selection.csv', folder / 'selection.json']
     write_csv(sources, tables[0])

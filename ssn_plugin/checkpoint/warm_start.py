@@ -219,7 +219,8 @@ def warm_start(
             f'{path}: its norms fill {len(filled)} of {len(layers)} SSN layers: {why}'
         )
     # Where the file fills an SSN only in part, none of its entries for that layer is loaded.
-    unfit = {*unexpected, *misshapen, *_below_any(set(layers) - set(filled), fitted)}
+    partly = {key for key in fitted if key.rpartition('.')[0] in set(layers) - set(filled)}
+    unfit = {*unexpected, *misshapen, *partly}
     for key in unfit:
         del fitted[key]
     at = '' if bn_ratio is None else f' at an importance ratio of {bn_ratio} for BN'
@@ -232,10 +233,6 @@ def warm_start(
         said.append(f'left out of the file: {by_part((*left_out, *sorted(unfit)))}')
     anew = [key for key in own if key not in fitted and not key.endswith('num_batches_tracked')]
     return fitted, said, f'start anew, not in {path}: {shown(anew)}' if anew else ''
-
-
-def _below_any(places: set[str], state: Mapping[str, Tensor]) -> list[str]:
-    return [key for key in state if key.rpartition('.')[0] in places]
 
 
 def by_part(keys: Iterable[str]) -> str:

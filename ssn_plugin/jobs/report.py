@@ -18,9 +18,6 @@ def write_report(work_dir: Path, path: Path | None = None) -> Path:
             checkpoint tells what was chosen.
         path: File to write, ``report.html`` in that folder by default.
 
-    Returns:
-        The file.
-
     Raises:
         InputError: If the folder has nothing to tell.
         HistoryError: If its history cannot be read.

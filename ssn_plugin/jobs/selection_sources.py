@@ -29,9 +29,6 @@ def rows_of(source: str, allow_pickle: bool = False) -> list[LayerRatios]:
             checkpoint loaded; or ``CONFIG.py`` alone with the weights it starts from.
         allow_pickle: Unpickle code in a checkpoint, which is then trusted.
 
-    Returns:
-        At least one row.
-
     Raises:
         InputError: If there is no such thing, or no SSN or SN layer in it.
         CheckpointError: If a checkpoint cannot be read.
