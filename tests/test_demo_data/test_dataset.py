@@ -1,17 +1,17 @@
 """make_demo_dataset and its tool: same bytes every time, all or nothing, one line per error."""
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tool_runs import TOOLS, run_here
 
 from demo_data import make_demo_dataset, photographs
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'make_demo_dataset.py'
+TOOL = TOOLS / 'make_demo_dataset.py'
 TINY = dict(num_train=1, num_val=1, size=96)
 
 
@@ -21,19 +21,6 @@ def digests(root):
         for path in root.rglob('*')
         if path.is_file()
     }
-
-
-def run_tool(monkeypatch, capsys, *arguments):
-    """Exit status, standard output and error of the tool, run in this process."""
-    spec = importlib.util.spec_from_file_location('make_demo_dataset_tool', TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
-    try:
-        status = tool.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
 
 
 def test_same_settings_give_the_same_bytes(demo_root, num_scenes, tmp_path):
@@ -151,13 +138,13 @@ def test_missing_photograph(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_tool_writes_and_then_finds_the_set(tmp_path, monkeypatch, capsys):
-    arguments = [tmp_path / 'set', '--train', 1, '--val', 1, '--size', 96]
-    status, out, err = run_tool(monkeypatch, capsys, *arguments)
+def test_tool_writes_and_then_finds_the_set(tmp_path):
+    arguments = [str(tmp_path / 'set'), '--train', '1', '--val', '1', '--size', '96']
+    status, out, err = run_here(TOOL.name, *arguments)
     assert status == 0
     assert '1 + 1 scenes written' in out
     assert 'scenes: 2/2' in err
-    status, out, _ = run_tool(monkeypatch, capsys, *arguments)
+    status, out, _ = run_here(TOOL.name, *arguments)
     assert status == 0
     assert 'already holds' in out
 
@@ -172,10 +159,10 @@ def test_tool_writes_and_then_finds_the_set(tmp_path, monkeypatch, capsys):
         (['{folder}'], 'holds no demo data set'),
     ],
 )
-def test_tool_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+def test_tool_says_what_is_wrong_in_one_line(tmp_path, arguments, message):
     (tmp_path / 'file').write_text('')
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
-    status, out, err = run_tool(monkeypatch, capsys, *arguments)
+    status, out, err = run_here(TOOL.name, *arguments)
     assert status == 1
     assert out == ''
     assert err.startswith('make_demo_dataset.py: ')

@@ -1,17 +1,15 @@
 """make_image_folder and its tool: classes, what is held out, same bytes, all or nothing."""
 
 import hashlib
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tool_runs import run_here
 
 from demo_data import CLASSES, make_demo_dataset, make_image_folder
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'make_demo_image_folder.py'
+TOOL = 'make_demo_image_folder.py'
 TINY = dict(num_train=2, num_val=1, size=32)
 
 
@@ -108,24 +106,12 @@ def test_bad_numbers_are_named(tmp_path, argument, value):
     assert not list(tmp_path.iterdir())
 
 
-def run_tool(monkeypatch, capsys, *arguments):
-    spec = importlib.util.spec_from_file_location('make_demo_image_folder_tool', TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
-    try:
-        status = tool.main()
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def test_tool_writes_and_then_finds_the_folder(tmp_path, monkeypatch, capsys):
-    arguments = [tmp_path / 'set', '--train', 1, '--val', 1, '--size', 32]
-    status, out, err = run_tool(monkeypatch, capsys, *arguments)
+def test_tool_writes_and_then_finds_the_folder(tmp_path):
+    arguments = [str(tmp_path / 'set'), '--train', '1', '--val', '1', '--size', '32']
+    status, out, err = run_here(TOOL, *arguments)
     assert (status, err) == (0, '')
     assert '1 + 1 pictures per class written' in out
-    assert 'already holds' in run_tool(monkeypatch, capsys, *arguments)[1]
+    assert 'already holds' in run_here(TOOL, *arguments)[1]
 
 
 @pytest.mark.parametrize(
@@ -136,10 +122,10 @@ def test_tool_writes_and_then_finds_the_folder(tmp_path, monkeypatch, capsys):
         (['{folder}'], 'holds no demo data set'),
     ],
 )
-def test_tool_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+def test_tool_says_what_is_wrong_in_one_line(tmp_path, arguments, message):
     (tmp_path / 'file').write_text('')
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
-    status, out, err = run_tool(monkeypatch, capsys, *arguments)
+    status, out, err = run_here(TOOL, *arguments)
     assert (status, out) == (1, '')
     assert err.startswith('make_demo_image_folder.py: ')
     assert message in err
