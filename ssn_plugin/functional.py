@@ -18,12 +18,17 @@ from ssn_plugin.ops.switchable_norm.statistics import (
 )
 
 
-def check_radius(radius: float, name: str = 'radius') -> float:
-    """Return ``radius`` as a float, or raise ValueError if it is negative or NaN."""
-    number = isinstance(radius, int | float) and not isinstance(radius, bool)
-    if not number or not radius >= 0:
-        raise ValueError(f'{name}: got {radius!r}, expected a number of at least 0')
-    return float(radius)
+def check_not_negative(number: float, name: str) -> float:
+    """Return ``number`` as a float, or raise ValueError if it is negative, NaN or no number."""
+    if isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0:
+        raise ValueError(f'{name}: got {number!r}, expected a number of at least 0')
+    return float(number)
+
+
+def check_positive(number: int, name: str) -> None:
+    """Raise ValueError if ``number`` is no positive integer."""
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+        raise ValueError(f'{name}: got {number!r}, expected a positive integer')
 
 
 def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
@@ -98,9 +103,7 @@ def sparsestmax(z: Tensor, radius: float | Tensor, dim: int = -1) -> Tensor:
 
 def check_layer(num_features: int, eps: float, momentum: float | None, correction: int) -> None:
     """Raise ValueError if an argument that all layers have is out of its range."""
-    whole = isinstance(num_features, Integral) and not isinstance(num_features, bool)
-    if not whole or num_features < 1:
-        raise ValueError(f'num_features: got {num_features!r}, expected a positive integer')
+    check_positive(num_features, 'num_features')
     if not isinstance(eps, Real) or not eps >= 0:
         raise ValueError(f'eps: got {eps!r}, expected a number of at least 0')
     if momentum is not None and not (isinstance(momentum, Real) and 0 <= momentum <= 1):
@@ -114,9 +117,7 @@ def groups_of(num_groups: int, num_features: int) -> int:
 
     Networks have layers of 48 channels and of a prime number of classes, too.
     """
-    whole = isinstance(num_groups, Integral) and not isinstance(num_groups, bool)
-    if not whole or num_groups < 1:
-        raise ValueError(f'num_groups: got {num_groups!r}, expected a positive integer')
+    check_positive(num_groups, 'num_groups')
     at_most = range(min(num_groups, max(num_features, 1)), 0, -1)
     return next(groups for groups in at_most if num_features % groups == 0)
 

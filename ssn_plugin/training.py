@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from ssn_plugin.functional import check_radius
+from ssn_plugin.functional import check_not_negative
 from ssn_plugin.layers.switchable import SwitchableNorm
 
 
@@ -49,15 +49,15 @@ def radius_at(
     Source:
         Shao et al., "SSN: Learning Sparse Switchable Normalization via SparsestMax", IJCV 2020.
     """
-    _check_numbers(progress=progress)
+    check_not_negative(progress, 'progress')
     numbers = all(isinstance(value, int | float) for value in (begin, end))
     if not numbers or not 0 <= begin < end <= 1:
         raise ValueError(
             f'begin, end: got {begin!r}, {end!r}, expected fractions of the run with '
             '0 <= begin < end <= 1'
         )
-    start_radius = check_radius(start_radius, 'start_radius')
-    end_radius = check_radius(end_radius, 'end_radius')
+    start_radius = check_not_negative(start_radius, 'start_radius')
+    end_radius = check_not_negative(end_radius, 'end_radius')
     if math.inf in (start_radius, end_radius):
         raise ValueError(
             f'start_radius, end_radius: got {start_radius!r}, {end_radius!r}, expected finite '
@@ -123,7 +123,9 @@ def ssn_parameter_groups(
         >>> [(len(group['params']), group['lr'], group['weight_decay']) for group in groups]
         [(4, 0.5, 0.0001), (2, 0.05, 0.0)]
     """
-    _check_numbers(lr=lr, weight_decay=weight_decay or 0, lr_mult=lr_mult, decay_mult=decay_mult)
+    numbers = dict(lr=lr, weight_decay=weight_decay or 0, lr_mult=lr_mult, decay_mult=decay_mult)
+    for name, number in numbers.items():
+        check_not_negative(number, name)
     if weight_decay is None and decay_mult:
         raise ValueError(f'decay_mult: got {decay_mult!r} without weight_decay, expected both or 0')
     control = control_parameters(model)
@@ -187,8 +189,3 @@ def without_finite_gradient(parameters: Sequence[Tensor]) -> list[int]:
     if bool(joined.isfinite().all()):
         return []
     return [i for i, g in zip(indices, gradients, strict=True) if not bool(g.isfinite().all())]
-
-
-def _check_numbers(**values: float) -> None:
-    for name, value in values.items():
-        check_radius(value, name)  # what a radius has to be: a number of at least 0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssn_plugin import sparsestmax, switchable_norm
-from ssn_plugin.functional import check_normalizers, check_radius
+from ssn_plugin.functional import check_normalizers, check_not_negative
 
 EQUAL = torch.full((3,), 1 / 3)
 ONLY_BN = torch.tensor([0.0, 0, 1])
@@ -120,15 +120,15 @@ def test_groups_are_the_largest_divisor_up_to_what_is_asked(channels, asked, gro
 
 
 @pytest.mark.parametrize('radius', [-1e-9, -1, math.nan, -math.inf, '1', None, True])
-def test_check_radius_rejects(radius):
+def test_check_not_negative_rejects(radius):
     with pytest.raises(ValueError, match=r'radius: got .*, expected a number of at least 0'):
-        check_radius(radius)
+        check_not_negative(radius, 'radius')
 
 
 @pytest.mark.parametrize('radius', [0, 1, 0.5, math.inf])
-def test_check_radius_returns_a_float(radius):
-    assert type(check_radius(radius)) is float
-    assert check_radius(radius) == radius
+def test_check_not_negative_returns_a_float(radius):
+    assert type(check_not_negative(radius, 'radius')) is float
+    assert check_not_negative(radius, 'radius') == radius
 
 
 # Running statistics

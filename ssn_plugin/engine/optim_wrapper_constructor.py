@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ssn_plugin.engine.model_wrapper import unwrapped
+from ssn_plugin.functional import check_not_negative
 from ssn_plugin.layers.selected_norm import SelectedNorm
 from ssn_plugin.layers.switchable import SwitchableNorm
 from ssn_plugin.torch_versions import before_every_step
@@ -63,10 +64,8 @@ class SSNOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg = {**_DEFAULTS, **given}
         for name in _DEFAULTS:
             value = paramwise_cfg[name]
-            if value is None and name == 'ssn_clip_norm':
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise ValueError(f'{name}: got {value!r}, expected a number of at least 0')
+            if value is not None or name != 'ssn_clip_norm':
+                check_not_negative(value, name)
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
 
     def add_params(

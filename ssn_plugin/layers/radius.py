@@ -6,7 +6,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.functional import check_radius, sparsestmax
+from ssn_plugin.functional import check_not_negative, sparsestmax
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.ops.sparsestmax import is_one_hot_radius
 from ssn_plugin.ops.switchable_norm.ratios import UNKNOWN, Choices, largest
@@ -59,7 +59,7 @@ def set_radius(model: nn.Module, radius: float) -> None:
         >>> int(model[1].mean_fixed)
         1
     """
-    radius = check_radius(radius)
+    radius = check_not_negative(radius, 'radius')
     # Layers of one number of candidates on one device are projected together.
     alike = defaultdict(_Layers)
     for layer in model.modules():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssn_plugin.functional import check_radius
+from ssn_plugin.functional import check_not_negative
 from ssn_plugin.layers.switchable import SwitchableNorm
 from ssn_plugin.ops.sparsestmax import is_one_hot_radius
 from ssn_plugin.ops.switchable_norm.ratios import (
@@ -145,7 +145,7 @@ class SSN(SwitchableNorm):
             device,
             dtype,
         )
-        self._initial_radius = check_radius(radius)
+        self._initial_radius = check_not_negative(radius, 'radius')
         self.register_buffer('radius', torch.tensor(self._initial_radius, device=device))
         for name in ('mean', 'var'):
             self.register_buffer(f'{name}_fixed', torch.tensor(0, device=device))

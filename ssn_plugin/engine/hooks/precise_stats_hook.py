@@ -19,6 +19,7 @@ from ssn_plugin.engine.model_wrapper import optim_wrappers, unwrapped
 from ssn_plugin.engine.progress import ended_early, is_last_iteration
 from ssn_plugin.engine.randomness import preserved_generators, seed_iteration, seed_samples
 from ssn_plugin.errors import in_one_line
+from ssn_plugin.functional import check_positive
 from ssn_plugin.layers.running_statistics import KINDS, batch_averages, write_statistics
 
 
@@ -62,8 +63,7 @@ class PreciseStatsHook(Hook):
     priority = 'LOW'
 
     def __init__(self, num_batches: int = 200) -> None:
-        if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
-            raise ValueError(f'num_batches: got {num_batches!r}, expected a positive integer')
+        check_positive(num_batches, 'num_batches')
         self.num_batches = num_batches
         self._trains = self._said = False
         self._last: list[_Averages] = []

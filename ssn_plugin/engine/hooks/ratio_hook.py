@@ -20,6 +20,7 @@ from ssn_plugin.engine.progress import ended_early, is_last_iteration, iteration
 from ssn_plugin.engine.versions import versions
 from ssn_plugin.engine.visualizer import tolerate_full_disk
 from ssn_plugin.errors import in_one_line
+from ssn_plugin.functional import check_positive
 
 _RUN = 'ssn_run'  # entry of mmengine's message hub, which checkpoints keep
 
@@ -62,8 +63,7 @@ class SSNRatioHook(Hook):
     priority = 'NORMAL'
 
     def __init__(self, interval: int = 10, report: bool = True) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f'interval: got {interval!r}, expected a positive integer')
+        check_positive(interval, 'interval')
         self.interval = interval
         self.report = report
         self._history: Path | None = None
