@@ -1,7 +1,6 @@
 """Compile the kernels for GPUs that need not be there; run by test_triton.py.
 
 python tests/test_ops/compile_kernels.py variants       # everything a layer can launch, types alone
-python tests/test_ops/compile_kernels.py ptx 80 90      # one of every kernel
 python tests/test_ops/compile_kernels.py machine 80 90  # a sample down to machine code, registers
 
 Records the launches of calls on memory that nobody reads, and compiles each as a launch would. It
@@ -222,7 +221,9 @@ def sample() -> Iterator[dict]:
         yield dict(shape=shape, last=True)
         yield dict(shape=shape, dtype=torch.bfloat16, last=True)
     yield dict(shape=(2, 512, 25, 42), ratio_map='softmax', training=False)
-    yield dict(shape=(512, 256, 7, 7), normalizers=FOUR, ratio_map='given')
+    yield dict(
+        shape=(512, 256, 7, 7), normalizers=FOUR, ratio_map='given', momentum=torch.empty(())
+    )
     for k in range(3):
         yield dict(shape=large, selected=(k, k))
         yield dict(shape=large, selected=(k, k), training=False)
@@ -259,25 +260,8 @@ def machine(generations: tuple[int, ...]) -> None:
                 )
 
 
-def ptx(generations: tuple[int, ...]) -> None:
-    """The entry of every kernel as the driver would get it, of one layer that launches them all."""
-    record()
-    call((8, 32, 5, 5), normalizers=FOUR, tracked=True, momentum=torch.empty(()))
-    for kernel, args, kwargs in launches:
-        signature, constants, attributes, options = specialised(kernel, args, kwargs)
-        for generation in generations:
-            source = ASTSource(
-                fn=kernel, signature=signature, constexprs=constants, attrs=attributes
-            )
-            target = GPUTarget('cuda', generation, 32)
-            text = triton.compile(source, target=target, options=options).asm['ptx']
-            print(next(line for line in text.splitlines() if '.entry' in line), flush=True)
-
-
 if __name__ == '__main__':
     if sys.argv[1] == 'variants':
         variants()
-    elif sys.argv[1] == 'ptx':
-        ptx(tuple(int(number) for number in sys.argv[2:]))
     else:
         machine(tuple(int(number) for number in sys.argv[2:]))
