@@ -1,5 +1,6 @@
 """Back to the framework alone: a pair that nothing of this package is needed for."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +19,14 @@ from ssn_plugin.errors import InputError
 from ssn_plugin.jobs.collapse import collapse_checkpoint
 from ssn_plugin.models.plain_config import plain_config
 
-# What the framework makes of a pair where this package cannot be imported.
+# What the framework makes of a pair where this package is not installed.
 ALONE = """
-import sys
-sys.modules['ssn_plugin'] = None
+import importlib.util
+assert importlib.util.find_spec('ssn_plugin') is None
 import cv2, numpy, torch
 {predict}
 numpy.savez('found.npz', *outputs, norms=sorted(
     {{type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__}}))
-assert not [name for name in sys.modules if name.startswith('ssn_plugin.')]
 """
 PREDICT = {
     'mmseg': """
@@ -105,7 +105,15 @@ def compared(framework: str, folder: Path) -> list[str]:
     alone = ALONE.format(predict=predict)
     for name, path in paths.items():
         alone = alone.replace(name, repr(path))
-    subprocess.run([sys.executable, '-c', alone], cwd=folder, check=True)
+    (folder / 'installed').mkdir()
+    for found in (Path(place) for place in sys.path if place.endswith('-packages')):
+        for entry in found.iterdir():
+            if 'ssn_plugin' not in entry.name and not (folder / 'installed' / entry.name).exists():
+                (folder / 'installed' / entry.name).symlink_to(entry)
+    # -S: without the .pth files, which add folders and an editable installation
+    command = [sys.executable, '-S', '-c', alone]
+    environment = os.environ | dict(PYTHONPATH=str(folder / 'installed'))
+    subprocess.run(command, cwd=folder, check=True, env=environment)
     trained = dict(CONFIG='net.py', CHECKPOINT='net.pth', IMAGE='a.png')
     space = {name: str(folder / path) for name, path in trained.items()} | {'cv2': cv2}
     exec(predict, space)
