@@ -20,7 +20,7 @@ def set_rules(config: Config, norm: str, interval: int) -> None:
     config.default_hooks.logger.interval = interval
     hooks = {hook.type: hook for hook in config.custom_hooks}
     hooks['SSNRatioHook'].update(interval=interval, report=False)
-    hooks['SSNRadiusHook'].end = 1.0  # the paper's
+    hooks['SSNRadiusHook'].update(end=1.0, min_values=0)  # the paper's
     if norm == 'SSN-radius0':
         hooks['SSNRadiusHook'].end_radius = 0.0
     elif norm == 'SN':  # those of configs/_base_/sn_training.py

@@ -16,7 +16,16 @@ custom_hooks = [
     # Linear from 0 to 1 over the first 30 % of the run. A layer of three candidates is one-hot at
     # the latest when the radius passes sqrt(2/3), after 24.5 % of the training: a mixture trains
     # more slowly than the normalizer that it becomes. The paper's radius grows over the whole run.
-    dict(type='SSNRadiusHook', begin=0.0, end=0.3, start_radius=0.0, end_radius=1.0),
+    # Where BN has fewer than 16 values per channel (after a global pooling, on the last maps of
+    # small images) a layer does not get it to choose from: its statistics are noise there.
+    dict(
+        type='SSNRadiusHook',
+        begin=0.0,
+        end=0.3,
+        start_radius=0.0,
+        end_radius=1.0,
+        min_values=16,
+    ),
     dict(type='SSNRatioHook'),
     # A run that is killed and resumed goes on with the random numbers of one that is not.
     dict(type='SSNResumeHook'),

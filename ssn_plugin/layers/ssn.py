@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssn_plugin.functional import check_not_negative
@@ -118,6 +119,8 @@ class SSN(SwitchableNorm):
 
     _known: _Known | None = None
     _pending = None  # choices on their way from a GPU, of set_radius
+    # Most pixels and most values per channel of 'BN' that a training pass had, while asked for.
+    values_seen: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -220,6 +223,10 @@ class SSN(SwitchableNorm):
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
+        if self.values_seen is not None and self.training and not is_compiling():
+            pixels = x.shape[2:].numel()
+            pair = pixels, pixels * x.shape[0] * self._processes()
+            self.values_seen = tuple(map(max, self.values_seen, pair))
         # Once a map of one pixel has been warned of, only (N, C) is looked at.
         if self.training and x.shape[2:].numel() == 1 and (x.dim() == 2 or not _warned):
             self._check_one_number(x)
@@ -250,6 +257,9 @@ class SSN(SwitchableNorm):
             raise ValueError(f'x: got shape {tuple(x.shape)} in training, {told}')
         if not is_compiling():
             _warn_once(f'{type(self).__name__} got shape {tuple(x.shape)} in training, {told}')
+
+    def _processes(self) -> int:
+        return dist.get_world_size(self._group) if self._group is not None else 1
 
     def _uses_batch(self) -> bool:
         choices = self.known_choices() or (None, None)

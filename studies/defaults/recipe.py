@@ -24,6 +24,11 @@ LATER_RULES = ('IN-LN-BN@0.3', 'LN-GN-BN@0.5', 'LN-GN-BN@0.15', PAPER)
 # CANDIDATES@END+LEVER: one more thing is changed.
 FULL_RATE, LATE_BEGIN, MORE_BN, RENORM = 'lr', 'begin', 'BN', 'renorm'
 LEVER_RULES = tuple(f'{RULES[0]}+{lever}' for lever in (FULL_RATE, LATE_BEGIN, MORE_BN, RENORM))
+# Its 'BN' is left out where it has fewer than 16 values per channel. Only these cells have such
+# layers: the image pooling of DeepLabV3+, the last maps (2 x 2) of the classifier.
+FEW_VALUES, MIN_VALUES = 'few', 16
+SHIPPED = f'{RULES[0]}+{FEW_VALUES}'
+FEW_VALUES_CELLS = (('seg', 4), ('seg', 2), ('seg', 1), ('cls', 2))
 # What a fine-tuned backbone does: of the run's own rule and on its stored statistics, the same with
 # live statistics, or that of the paper's rule, as released weights are, on its stored statistics.
 STORED, LIVE, RELEASED = 'stored', 'live', 'released'
@@ -31,6 +36,7 @@ PRETRAINED_BATCH = 32
 BATCHES = {'cls': (32, 8, 2), 'seg': (4, 2, 1), 'det': (4, 2, 1)}
 SCORES = {'cls': 'top1', 'seg': 'miou', 'det': 'box_ap50'}
 SCREENING, CONFIRMATION = (10,), (0, 1, 2)
+FRESH = (3, 4, 5)  # for what was found in the runs of the others
 # Seeds of the published rows of BN, GN and SN.
 PUBLISHED = {'cls': (0, 1, 2), 'seg': (0, 1), 'det': (0, 1)}
 SCREENING_CELLS = (('cls', 32), ('seg', 1), ('det', 1))
@@ -89,6 +95,8 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     runs += _confirmation(size, best)
     quick = [(t, b) for t in ('seg', 'det', 'cls') for b in BATCHES[t] if (t, b) != LATER_CELL]
     runs += [run_of(size, norm, ('cls', PRETRAINED_BATCH), seed) for norm in NORMS]
+    if screened and best == RULES[0]:
+        runs += _few_values(size, rows)
     slow = RULES[2]
     runs += [run_of(size, slow, c, seed, lr_factor=f) for c in DISTURBED_CELLS for f in (1.0, 2.0)]
     runs += _learning_rates(size, best, quick, rows)
@@ -148,6 +156,19 @@ def _second(size: str, rule: str, rows: Sequence[Row]) -> Iterator[Row]:
         for seed in CONFIRMATION:
             for cell in (('cls', PRETRAINED_BATCH), *(('det', b) for b in BATCHES['det'])):
                 yield run_of(size, lever, cell, seed)
+
+
+def _few_values(size: str, rows: Sequence[Row]) -> Iterator[Row]:
+    """The shipped rule where it differs from the winner, on seeds that nobody has looked at."""
+    for seed in FRESH:
+        yield run_of(size, RULES[0], ('cls', PRETRAINED_BATCH), seed)
+    for cell in FEW_VALUES_CELLS:
+        yield from (run_of(size, SHIPPED, cell, seed) for seed in FRESH)
+        if cell != LATER_CELL:
+            yield from _rates(size, SHIPPED, cell)
+            factor = best_rate(size, SHIPPED, cell, rows)
+            if factor not in (None, LR_FACTORS[0]):
+                yield from (run_of(size, SHIPPED, cell, s, lr_factor=factor) for s in FRESH)
 
 
 def _learning_rates(
@@ -254,7 +275,9 @@ def pretraining_of(run: Row) -> Row:
     Args:
         run: An entry of the plan, not of classification.
     """
-    rule = PAPER if run['backbone'] == RELEASED else run['rule']
+    # No layer of the backbone has few values at 32 images.
+    own = RULES[0] if run['rule'] == SHIPPED else run['rule']
+    rule = PAPER if run['backbone'] == RELEASED else own
     return run_of(run['size'], rule, ('cls', PRETRAINED_BATCH), run['seed'])
 
 
@@ -291,6 +314,7 @@ def _set_rule(config: Config, run: Row) -> None:
         if hook['type'] == 'SSNRadiusHook':
             hook['end'] = float(end)
             hook['begin'] = 0.1 if lever == LATE_BEGIN else 0.0
+            hook['min_values'] = MIN_VALUES if lever == FEW_VALUES else 0
     if lever == FULL_RATE:
         config.optim_wrapper.paramwise_cfg.ssn_lr_mult = 1.0
     elif lever == MORE_BN:

@@ -9,6 +9,7 @@ from ssn_plugin.engine.checkpoint_schemes import fit_loaded
 from ssn_plugin.engine.learning_rates import keep_ratios, lost_ratios, pairs_to_watch
 from ssn_plugin.engine.model_wrapper import unwrapped
 from ssn_plugin.engine.progress import changed_since, iterations
+from ssn_plugin.layers.few_values import FewValues
 from ssn_plugin.layers.radius import copy_selection, set_radius, undecided_layers
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.training import radius_at
@@ -33,9 +34,13 @@ class SSNRadiusHook(Hook):
         end: Fraction of the run at which it has grown.
         start_radius: Radius until ``begin``.
         end_radius: Radius from ``end`` on; three candidates are one-hot from 0.8165 on.
+        min_values: In a layer that has yet to choose, 'IN' and 'BN' are no candidates if they have
+            fewer values per channel than this in the first iteration: after a global pooling, for
+            one. 0 leaves all candidates in, as the paper does.
 
     Raises:
-        ValueError: If fractions are not 0 <= begin < end <= 1, or a radius is negative or NaN.
+        ValueError: If fractions are not 0 <= begin < end <= 1, a radius is negative or NaN, or
+            ``min_values`` is no whole number from 0 on.
 
     Example:
         >>> from ssn_plugin.engine.hooks.radius_hook import SSNRadiusHook
@@ -56,13 +61,18 @@ class SSNRadiusHook(Hook):
         end: float = 1.0,
         start_radius: float = 0.0,
         end_radius: float = 1.0,
+        min_values: int = 0,
     ) -> None:
+        if isinstance(min_values, bool) or not isinstance(min_values, int) or min_values < 0:
+            raise ValueError(f'min_values: got {min_values!r}, expected a whole number from 0 on')
         self.begin = begin
         self.end = end
         self.start_radius = start_radius
         self.end_radius = end_radius
         self.radius_at(0, 2)  # raises if the arguments are no schedule
         self._copies = AveragedCopies()
+        self.min_values = min_values
+        self._few_values: FewValues | None = None
         self._passed = 0
         self._rates: list[tuple] = []
 
@@ -116,6 +126,8 @@ class SSNRadiusHook(Hook):
         for text in lost_ratios(self._rates):
             runner.logger.warning(f'SSNRadiusHook: in iteration {runner.iter + 1} {text}')
             self._rates = []
+        if self.min_values and runner.iter == 0:
+            self._few_values = FewValues(unwrapped(runner.model), self.min_values)
         set_radius(runner.model, self.radius_at(*iterations(runner, batch_idx)))
         for averaged in self._copies.of(runner):
             for layer, its_copy in averaged.layers:
@@ -132,6 +144,17 @@ class SSNRadiusHook(Hook):
                     'dict(type="MeanTeacherHook", skip_buffer=False) does'
                 )
         self._passed += 1
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """After the first iteration, leave out candidates that have too few values."""
+        if self._few_values is None:
+            return
+        left_out, self._few_values = self._few_values.leave_out(), None
+        for name, candidates in left_out.items():
+            runner.logger.info(
+                f'SSNRadiusHook: {name}: {" and ".join(candidates)} left out, with fewer than '
+                f'min_values={self.min_values} values per channel'
+            )
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Tell in the checkpoint's ``meta`` what its weights do not show of the backbone.
