@@ -125,7 +125,8 @@ def _schedule(config: Mapping, max_iters: int | None) -> Iterator[tuple[str, str
     for hook in as_list(config.get('custom_hooks')):
         if type_name(hook) != 'SSNRadiusHook':
             continue
-        options = {k: v for k, v in hook.items() if k not in ('type', 'priority')}
+        known = signature(radius_at).parameters
+        options = {k: v for k, v in hook.items() if k in known}
         schedule = signature(radius_at).bind(progress=0.0, **options)
         schedule.apply_defaults()
         yield (

@@ -83,6 +83,9 @@ def test_last_iteration_has_end_radius_exactly(end_radius):
         # 0 * inf: the schedule would be NaN in the first iteration
         (dict(end_radius=math.inf), ['end_radius', 'inf']),
         (dict(start_radius='0'), ['start_radius', "'0'"]),
+        (dict(min_values=-1), ['min_values', '-1']),
+        (dict(min_values=1.5), ['min_values', '1.5']),
+        (dict(min_values=True), ['min_values', 'True']),
     ],
 )
 def test_bad_argument_is_named(arguments, names):
@@ -252,6 +255,45 @@ def test_two_candidates_that_would_decide_at_once_warn(make_runner, begin, count
     lines = warnings_of(runner)
     assert len(lines) == count
     assert all('two candidates' in line and 'begin=0.3' in line for line in lines)
+
+
+@pytest.mark.parametrize('min_values', [0, 60])
+def test_candidates_with_few_values_are_left_out(make_runner, min_values):
+    norm = dict(type='SSN', normalizers=('LN', 'GN', 'BN'), num_groups=2)
+    hooks = [dict(type='SSNRadiusHook', min_values=min_values)]
+    runner = make_runner(model=dict(type='ToyNet', norm_cfg=norm), custom_hooks=hooks)
+    norms = runner.model.norm1, runner.model.norm2
+    shares = []
+
+    class Shares(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            shares.append([float(layer.mean_ratios[2]) for layer in norms])
+
+    runner.register_hook(Shares(), 'LOW')
+    runner.train()
+    # BN has 3 x 6 x 6 values in the first layer and 3 x 4 x 4 in the second.
+    said = [line for line in log_of(runner).splitlines() if 'left out' in line]
+    assert len(said) == bool(min_values)
+    assert all('norm2: BN' in line and 'min_values=60' in line for line in said)
+    first, second = zip(*shares, strict=True)
+    assert first[0] > 0
+    assert (max(second) == 0) == bool(min_values)
+    assert all(layer.values_seen is None for layer in norms)
+
+
+def test_a_resumed_run_leaves_nothing_out_again(make_runner):
+    """Its layers have begun to choose; what was left out is so in the checkpoint."""
+    norm = dict(type='SSN', normalizers=('LN', 'GN', 'BN'), num_groups=2)
+    hooks = [dict(type='SSNRadiusHook', min_values=60)]
+    model = dict(type='ToyNet', norm_cfg=norm)
+    stopped = make_runner(model=model, custom_hooks=hooks)
+    stopped.train()
+    checkpoint = str(Path(stopped.work_dir) / 'iter_1.pth')
+    resumed = make_runner(model=model, custom_hooks=hooks, load_from=checkpoint, resume=True)
+    resumed.train()
+    assert 'left out' not in log_of(resumed)
+    for name, value in stopped.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
 def test_distributed_wrapper(make_runner):
