@@ -90,8 +90,9 @@ def _norms_in(state: Mapping[str, Tensor], wanted: str, path: str) -> dict[str, 
     kinds = norm_layers(state)
     if wanted not in kinds.values() or 'SSN' in kinds.values():
         held = ' and '.join(sorted(set(kinds.values()))) or 'no norm'
-        name = {'BN': 'BatchNorm'}.get(wanted, wanted)
-        raise CheckpointError(f'{path}: holds {held} layers, expected {name} layers')
+        # A BatchNorm without running statistics holds what LN, GN and IN do.
+        expected = {'BN': 'BatchNorm layers with running statistics', 'SN': 'SN layers'}[wanted]
+        raise CheckpointError(f'{path}: holds {held} layers, expected {expected}')
     return kinds
 
 

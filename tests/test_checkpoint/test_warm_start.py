@@ -244,6 +244,10 @@ def norm_layers_of(kind):
         (lambda: norm_layers_of('SSN'), 'holds SSN layers, expected BatchNorm'),
         (lambda: norm_layers_of('SN'), 'holds SN layers, expected BatchNorm'),
         (lambda: norm_layers_of('GN'), 'holds GN layers, expected BatchNorm'),
+        (
+            lambda: torch.nn.BatchNorm2d(4, track_running_stats=False).state_dict(prefix='a.'),
+            'holds LN, GN or IN layers, expected BatchNorm layers with running statistics',
+        ),
         (lambda: {'a.weight': torch.ones(2, 2)}, 'holds no norm layers'),
         (
             lambda: norm_layers_of('BN') | SSN(4).state_dict(prefix='neck.'),
