@@ -964,7 +964,8 @@ def test_a_fine_tuning_of_defaults(tmp_path, tiny_scenes):
 
 def test_tables_of_defaults():
     best = defaults_recipe.RULES[0]
-    seeds = [defaults_recipe.run_of('cpu', best, ('seg', 1), seed) for seed in (0, 1)]
+    shipped = defaults_recipe.SHIPPED
+    seeds = [defaults_recipe.run_of('cpu', shipped, ('seg', 1), seed) for seed in (0, 1)]
     rows = [*screening(best), *rows_of(seeds, [40, 42])]
     theirs = [('GN', 0, 50), ('GN', 1, 49), ('SN', 0, 41), ('SN', 1, 30), ('SSN', 0, 9)]
     transferred = [
@@ -974,7 +975,8 @@ def test_tables_of_defaults():
     transferred.append({**transferred[0], 'data': 'cityscapes', 'miou': 1})
     others = list(defaults.published([], transferred))
     found = defaults.Confirmed(rows, others)
-    assert found.values(best, 'seg', 1) == [40, 42]  # not the screening's
+    assert found.values(best, 'seg', 1) == []  # not the screening's
+    assert defaults.ours(found, best, 'seg', 1) == [40, 42]
     assert found.values('GN', 'seg', 1) == [50, 49]
     judged = cells(defaults.verdict_table(found, best))
     assert judged['seg, 1 image'] == [
@@ -991,7 +993,7 @@ def test_tables_of_defaults():
 
 
 def test_each_norm_is_judged_at_its_best_learning_rate():
-    best = defaults_recipe.RULES[0]
+    best, shipped = defaults_recipe.RULES[0], defaults_recipe.SHIPPED
 
     def runs(name, seeds, factors):
         return [
@@ -1002,9 +1004,9 @@ def test_each_norm_is_judged_at_its_best_learning_rate():
 
     rows = [
         *screening(best),
-        *rows_of(runs(best, [10], [0.5, 2.0]), [20, 20]),  # 31 at the recipe's rate
+        *rows_of(runs(shipped, [10], [1.0, 0.5, 2.0]), [31, 20, 20]),
         *rows_of(runs('GN', [10], [1.0, 0.5, 2.0]), [30, 20, 40]),
-        *rows_of(runs(best, [0, 1], [1.0, 2.0]), [30, 32, 5, 6]),
+        *rows_of(runs(shipped, [0, 1], [1.0, 2.0]), [30, 32, 5, 6]),
         *rows_of(runs('GN', [0, 1], [1.0, 2.0]), [10, 11, 40, 44]),
     ]
     shown = cells(defaults.best_rate_table('cpu', best, rows, defaults.Confirmed(rows, [])))
