@@ -61,8 +61,6 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
-    # In the image pooling branch BN sees one value per image: its variance over 4 is so noisy that
-    # running statistics cannot stand for it.
     batch_size=8,
     num_workers=1,
     persistent_workers=True,
