@@ -29,7 +29,6 @@ from ssn_plugin.ops.switchable_norm.statistics import (
     row_gradients,
     takes_part,
 )
-from ssn_plugin.torch_versions import is_compiling
 
 # Added to the row variance so that a constant row has a finite scale; far below any eps in use.
 _ROW_EPS = 1e-20
@@ -174,10 +173,6 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def affine_(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """:func:`affine` in place; ``x`` is contiguous."""
-    if is_compiling():
-        # torch 2.11 gives zero gradients for an autograd function that returns what was changed in
-        # place; a compiler makes one pass of this anyway.
-        return torch.addcmul(_per_row(shift, x), x, _per_row(scale, x))
     if x.numel() < _MANY or _length(x) < _SHORT or not readable(x):
         return x.mul_(_per_row(scale, x)).add_(_per_row(shift, x))
     arguments = _as_batch_norm(x, scale, shift)
@@ -289,16 +284,7 @@ def forward(
         _track(batch, rows, mixed, settings, x)
     constant = group is None and given is not None
     kept = _kept(x, rows, mixed, mean_ratios, var_ratios, constant, settings)
-    return in_dtype_of(x, y), kept, joined
-
-
-def in_dtype_of(x: Tensor, y: Tensor) -> Tensor:
-    """``y`` in the dtype of ``x``, itself where that is its own.
-
-    In a compiled graph torch 2.11 gives zero gradients for an autograd function that returns the
-    result of a conversion which converts nothing.
-    """
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return y.to(x.dtype), kept, joined
 
 
 def _unscaled(factor: Tensor, rows: Rows) -> Tensor:
@@ -442,6 +428,4 @@ def _input_gradient(dy: Tensor, x: Tensor, rows: Rows, gain: Tensor, grads: RowG
     else:
         offset = torch.addcmul(offset, grads.slope, rows.mean, value=-1)
         centred = affine(x, grads.slope, offset)
-    if is_compiling():  # as in affine_
-        return torch.addcmul(centred, dy, gain)
     return centred.addcmul_(dy, gain)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssn_plugin.ops.switchable_norm.aten import in_dtype_of, worth_keeping
+from ssn_plugin.ops.switchable_norm.aten import worth_keeping
 from ssn_plugin.ops.switchable_norm.statistics import (
     BatchStatistics,
     Moments,
@@ -108,7 +108,7 @@ def forward(
     y, *kept = torch.native_group_norm(
         values, weight, bias, *_sizes(x), kind.groups, eps / kind.factor
     )
-    return in_dtype_of(x, y), kept if worth_keeping(kept, x) else []
+    return y.to(x.dtype), kept if worth_keeping(kept, x) else []
 
 
 def backward(

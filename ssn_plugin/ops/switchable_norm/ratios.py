@@ -115,8 +115,7 @@ class Ratios(NamedTuple):
         if self.values is not None:
             return self
         dtype = torch.promote_types(x.dtype, torch.float32)
-        # Not _replace: torch 2.4 cannot compile that.
-        return Ratios(ratios.to(dtype).unbind(), *self[1:])
+        return self._replace(values=ratios.to(dtype).unbind())
 
 
 def unread_ratios(ratios: Tensor, on_simplex: bool) -> Ratios:
