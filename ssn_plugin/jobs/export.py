@@ -63,9 +63,13 @@ class Features(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Features of normalised images, (N, 3, H, W)."""
-        features = self.backbone(x)
-        features = features if self.neck is None else self.neck(features)
+        features = self.for_head(x)
         return (features,) if isinstance(features, Tensor) else tuple(features)
+
+    def for_head(self, x: Tensor) -> Tensor | Sequence[Tensor]:
+        """The same as a head gets it: DDRNet and PIDNet give theirs one map, not a tuple."""
+        features = self.backbone(x)
+        return features if self.neck is None else self.neck(features)
 
 
 class Logits(nn.Module):
@@ -78,7 +82,7 @@ class Logits(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Logits of normalised images, (N, 3, H, W), resized to them as for the predictions."""
-        logits = self.decode_head(self.features(x))
+        logits = self.decode_head(self.features.for_head(x))
         if isinstance(logits, tuple):  # EncNet tells which classes there are besides
             logits = logits[0]
         corners = self.decode_head.align_corners

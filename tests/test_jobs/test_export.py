@@ -11,13 +11,14 @@ import torch
 from decided_models import decided_model, demo_config, small_segmentor
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from network_zoo import network
 from since import EXPORT
 from tool_runs import run_here
 
 from ssn_plugin import SSN
 from ssn_plugin.deploy.onnx_file import ExportError, relative_difference, run_onnx
 from ssn_plugin.errors import CheckpointError, InputError
-from ssn_plugin.jobs.export import export_onnx
+from ssn_plugin.jobs.export import Features, Logits, export_onnx
 
 pytest.importorskip('onnxscript')
 pytestmark = EXPORT
@@ -95,6 +96,16 @@ def test_a_network_that_holds_for_one_size(source, tmp_path):
     done = export(tmp_path, out, size=(48, 80), batch=3)
     assert done.shapes == [(3, 3, 48, 80)] * 2
     assert 0 < done.difference < 1e-5
+
+
+@pytest.mark.parametrize('name', ['DDRNet', 'PIDNet'])
+def test_a_backbone_that_gives_its_head_one_map(name):
+    model = network(name).eval()
+    x = torch.randn(2, 3, 64, 64)
+    metas = [dict(img_shape=(64, 64), pad_shape=(64, 64), ori_shape=(64, 64))] * 2
+    with torch.no_grad():
+        assert torch.equal(Logits(model).eval()(x)[0], model.encode_decode(x, metas))
+        assert len(Features(model).eval()(x)) == 1
 
 
 def test_above_the_tolerance_nothing_is_written(source, tmp_path):
