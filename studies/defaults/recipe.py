@@ -104,7 +104,8 @@ def plan(size: str, rows: Sequence[Row]) -> list[Row]:
     runs += [*levers, *_other_backbones(size, best, RELEASED)]
     if screened and all_done(levers, rows):
         runs += _second(size, best, rows)
-    runs += _learning_rates(size, best, [LATER_CELL], rows)
+    shipped = SHIPPED if best == RULES[0] else best
+    runs += _learning_rates(size, shipped, [LATER_CELL], rows)
     runs += _other_backbones(size, best, LIVE)
     runs += [run_of(size, rule, cell, seed) for cell in SCREENING_CELLS for rule in LATER_RULES]
     runs += [run_of(size, rule, LATER_CELL, seed) for rule in (*LEVER_RULES, *RULES, *LATER_RULES)]
