@@ -46,6 +46,8 @@ def test_places(layer, place):
     ],
 )
 def test_every_layer_of_the_demos_has_its_place(config, expected):
+    if 'mask-rcnn' in config:
+        pytest.importorskip('mmdet')
     config = load_config(config)
     init_default_scope(config.default_scope)
     if config.default_scope == 'mmdet':

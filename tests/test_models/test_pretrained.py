@@ -380,6 +380,7 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_training_by_the_hook_decides_new_layers_alone(file, trained):
+    pytest.importorskip('mmdet')
     state = released_state()
     model = trained(pretrained(released_file(file))).model
     assert undecided_layers(model) == []
@@ -396,6 +397,7 @@ def test_training_by_the_hook_decides_new_layers_alone(file, trained):
 
 def test_the_chain_from_training_to_a_published_backbone(tmp_path, trained):
     """What one training selected is what another one starts from, and keeps."""
+    pytest.importorskip('mmdet')
     runner = trained(None)
     backbone = runner.model.backbone
     assert undecided_layers(backbone) == []
