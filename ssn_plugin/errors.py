@@ -10,9 +10,7 @@ class CheckpointError(ValueError):
 
 
 def in_one_line(error: Exception) -> str:
-    """Return the kind of an error that other code raised, and the first line of its text.
-
-    Lines without a letter are passed over.
+    """Return the kind of an error that other code raised, and its text's first line with words.
 
     Example:
         >>> from ssn_plugin.errors import in_one_line

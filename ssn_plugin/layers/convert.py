@@ -226,8 +226,10 @@ def replace_layers(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.
                 value.update({key: new(v) for key, v in value.items() if new(v) is not v})
             elif isinstance(value, list):
                 value[:] = map(new, value)
-            elif type(value) is tuple or isinstance(value, nn.Module):
-                vars(parent)[name] = tuple(map(new, value)) if type(value) is tuple else new(value)
+            elif type(value) is tuple:
+                vars(parent)[name] = tuple(map(new, value))
+            else:
+                vars(parent)[name] = new(value)
     return made.get(model, model)
 
 

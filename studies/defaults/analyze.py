@@ -27,6 +27,7 @@ from studies.defaults.recipe import (
     all_done,
     best_rate,
     possible,
+    rates,
     run_of,
     score,
     winner,
@@ -221,10 +222,7 @@ def rate_table(size: str, best: str, rows: Sequence[RowText]) -> str:
         for batch in batches:
             for name in dict.fromkeys((best, _ours(best, (task, batch)), *RULES, *NORMS)):
                 if possible(name, (task, batch)):
-                    runs = [
-                        run_of(size, name, (task, batch), SCREENING[0], lr_factor=factor)
-                        for factor in LR_FACTORS
-                    ]
+                    runs = rates(size, name, (task, batch))
                     if any(all_done([run], rows) for run in runs[1:]):
                         cells = [_score(run, rows) for run in runs]
                         lines.append([f'{task}, {images(batch)}', name, *cells])

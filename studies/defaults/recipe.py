@@ -167,7 +167,7 @@ def _few_values(size: str, rows: Sequence[Row]) -> Iterator[Row]:
         yield from (run_of(size, SHIPPED, cell, seed) for seed in FRESH)
         if cell == LATER_CELL:
             continue
-        yield from _rates(size, SHIPPED, cell)
+        yield from rates(size, SHIPPED, cell)
         factor = best_rate(size, SHIPPED, cell, rows)
         for seed in (*FRESH, *CONFIRMATION):
             yield run_of(size, SHIPPED, cell, seed)
@@ -182,7 +182,7 @@ def _learning_rates(
     for cell in cells:
         for name in (rule, *NORMS):
             if possible(name, cell):
-                yield from _rates(size, name, cell)
+                yield from rates(size, name, cell)
                 factor = best_rate(size, name, cell, rows)
                 if factor not in (None, LR_FACTORS[0]):
                     for seed in CONFIRMATION:
@@ -192,7 +192,14 @@ def _learning_rates(
                         yield run
 
 
-def _rates(size: str, name: str, cell: tuple[str, int]) -> list[Row]:
+def rates(size: str, name: str, cell: tuple[str, int]) -> list[Row]:
+    """The runs at every learning rate, with the seed of the screening.
+
+    Args:
+        size: 'cpu' or 'gpu'.
+        name: A norm or a rule.
+        cell: Task and images per batch.
+    """
     return [run_of(size, name, cell, SCREENING[0], lr_factor=factor) for factor in LR_FACTORS]
 
 
@@ -205,7 +212,7 @@ def best_rate(size: str, name: str, cell: tuple[str, int], rows: Sequence[Row]) 
         cell: Task and images per batch.
         rows: Of results.csv.
     """
-    tried = _rates(size, name, cell)
+    tried = rates(size, name, cell)
     if not all_done(tried, rows):
         return None
     return max(tried, key=lambda run: score(run, rows))['lr_factor']
