@@ -1,6 +1,8 @@
 """Runs a function in several processes that share a gloo group."""
 
+import faulthandler
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +17,7 @@ def _work(
     function: Callable, rank: int, world: int, folder: Path, seconds: float, arguments
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * seconds, file=sys.__stderr__)  # where it hangs
     try:
         # A file instead of a port, which another process might take meanwhile.
         dist.init_process_group(
@@ -25,11 +28,19 @@ def _work(
             timeout=timedelta(seconds=seconds),
         )
         torch.save(function(rank, world, *arguments), folder / f'{rank}.pt')
-        dist.barrier()
-        dist.destroy_process_group()
+        # The group is not taken down: with torch 2.1 that hung once, after every result was there.
+        # A process that leaves while another still communicates would end it.
+        while any(not _is_through(other, folder) for other in range(world)):
+            time.sleep(0.01)
+        sys.stdout.flush()
+        os._exit(0)
     except BaseException:
         (folder / f'{rank}.txt').write_text(traceback.format_exc())
         os._exit(1)
+
+
+def _is_through(rank: int, folder: Path) -> bool:
+    return (folder / f'{rank}.pt').exists() or (folder / f'{rank}.txt').exists()
 
 
 def run_processes(
