@@ -1008,13 +1008,16 @@ def test_each_norm_is_judged_at_its_best_learning_rate():
         *rows_of(runs('GN', [10], [1.0, 0.5, 2.0]), [30, 20, 40]),
         *rows_of(runs(shipped, [0, 1], [1.0, 2.0]), [30, 32, 5, 6]),
         *rows_of(runs('GN', [0, 1], [1.0, 2.0]), [10, 11, 40, 44]),
+        *rows_of(runs('SN', [10], [1.0, 0.5, 2.0]), [20, 20, 25]),
+        *rows_of(runs('SN', [0, 1], [2.0]), [20, 21]),
     ]
     shown = cells(defaults.best_rate_table('cpu', best, rows, defaults.Confirmed(rows, [])))
     assert shown['seg, 1 image'] == [
         'x 1: 31.0 (30.0-32.0)',
         'refused by torch',
         'x 2: 42.0 (40.0-44.0)',
-        'not yet run',
+        'x 2: 20.5 (20.0-21.0)',
+        'higher',  # SN is the second best
         'missed',
     ]
 

@@ -252,8 +252,9 @@ def best_rate_table(size: str, best: str, rows: Sequence[RowText], found: Confir
                     scores[name] = values
             mine = scores.pop(_ours(best, cell))
             judged = [verdict(mine, theirs, MARGINS[task]) for theirs in scores.values()]
-            lines.append([f'{task}, {images(batch)}', *shown, _target(judged)])
-    return markdown(['', 'SSN as shipped', *NORMS, 'target'], lines)
+            second = _against_second(mine, list(scores.values()), task)
+            lines.append([f'{task}, {images(batch)}', *shown, second, _target(judged)])
+    return markdown(['', 'SSN as shipped', *NORMS, 'second best norm', 'target'], lines)
 
 
 def _values_at(
