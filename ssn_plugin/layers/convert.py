@@ -1,7 +1,7 @@
 """Turns layers of a model into others: BatchNorm into SSN, SSN into SyncSSN and back."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 
 import torch
@@ -195,42 +195,59 @@ def _hidden(model: nn.Module) -> list[str]:
         f'{name}.{attribute}'.removeprefix('.')
         for name, part in model.named_modules()
         for attribute, value in vars(part).items()
-        for held in _values(value)
-        if isinstance(held, nn.Module)
-        and any(isinstance(m, _BatchNorm) and m not in known for m in held.modules())
+        if any(
+            isinstance(m, _BatchNorm) and m not in known
+            for held in _modules_in(value)
+            for m in held.modules()
+        )
     ]
 
 
-def _values(held: object) -> Iterable:
-    if isinstance(held, dict):
-        return held.values()
-    return held if isinstance(held, list | tuple) else (held,)
+def _modules_in(value: object, around: tuple = ()) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    for _, held in _places_in(value, around):
+        yield from _modules_in(held, (*around, id(value)))
+
+
+def _places_in(value: object, around: tuple) -> list[tuple[object, object]]:
+    """Key or index and what stands there, of a plain container that is not within itself."""
+    if not isinstance(value, dict | list | tuple) or id(value) in around:
+        return []
+    return list(value.items() if isinstance(value, dict) else enumerate(value))
 
 
 def replace_layers(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Put new layers in the places of old ones, wherever a module holds them.
 
-    That may be in an attribute or a plain list too, by which its forward pass goes. ``made`` leads
-    from each old layer to the new one; the model is changed in place.
+    That may be in an attribute or in plain lists, tuples and dicts too, by which its forward pass
+    goes. ``made`` leads from each old layer to the new one; the model is changed in place.
 
     Returns:
         The model; a new layer if the model itself is replaced.
     """
-
-    def new(value: object) -> object:
-        return made.get(value, value) if isinstance(value, nn.Module) else value
-
     for parent in list(model.modules()):
-        for name, value in list(vars(parent).items()):
-            if isinstance(value, dict):
-                value.update({key: new(v) for key, v in value.items() if new(v) is not v})
-            elif isinstance(value, list):
-                value[:] = map(new, value)
-            elif type(value) is tuple:
-                vars(parent)[name] = tuple(map(new, value))
-            else:
-                vars(parent)[name] = new(value)
+        _replace_in(vars(parent), made)
     return made.get(model, model)
+
+
+def _replace_in(value: object, made: Mapping[nn.Module, nn.Module], around: tuple = ()) -> object:
+    """What takes the place of a value: another for an old layer and for a tuple that holds one.
+
+    Nothing is written where nothing changes, for there are containers that refuse it.
+    """
+    if isinstance(value, nn.Module):
+        return made.get(value, value)
+    places = _places_in(value, around)
+    new = [_replace_in(held, made, (*around, id(value))) for _, held in places]
+    changed = [
+        (at, other) for (at, held), other in zip(places, new, strict=True) if other is not held
+    ]
+    if changed and isinstance(value, tuple):
+        return value._make(new) if hasattr(value, '_make') else type(value)(new)
+    for at, other in changed:
+        value[at] = other
+    return value
 
 
 def convert_sync_ssn(

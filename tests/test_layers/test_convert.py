@@ -2,10 +2,12 @@
 
 import copy
 import io
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.utils import parametrize, prune
 
 from ssn_plugin import (
@@ -198,9 +200,23 @@ class HoldsInLists(nn.Module):
         return held(x)
 
 
+class Named(NamedTuple):
+    norm: nn.Module
+
+
+def within_itself(norm):
+    held = [norm]
+    held.append(held)
+    return held
+
+
 @pytest.mark.parametrize(
-    'hold', [lambda n: n, lambda n: [n], lambda n: (n, 1), lambda n: dict(a=n)],
-    ids=['attribute', 'list', 'tuple', 'dict'],
+    'hold',
+    [
+        lambda n: n, lambda n: [n], lambda n: (n, 1), lambda n: dict(a=n),
+        Named, lambda n: [[(n, 1)]], lambda n: dict(a=[dict(a=n)]), within_itself,
+    ],
+    ids=['attribute', 'list', 'tuple', 'dict', 'named', 'nested', 'nested dict', 'within itself'],
 )  # fmt: skip
 def test_where_else_a_module_holds_a_layer(hold, recwarn):
     model, x = HoldsInLists(hold).eval(), torch.randn(2, 8, 5, 5)
@@ -221,12 +237,22 @@ def test_where_else_a_module_holds_a_layer(hold, recwarn):
 
 def test_what_is_no_module_of_the_model_is_left_and_said():
     norm = nn.Sequential(trained(nn.BatchNorm2d(8)))
-    model = nn.Sequential(nn.BatchNorm2d(8), HoldsInLists(lambda _: [norm]))
+    model = nn.Sequential(nn.BatchNorm2d(8), HoldsInLists(lambda _: [norm, [norm]]))
     del model[1].norm
-    with pytest.warns(UserWarning, match=r'in 1.held, .*in a ModuleList'):
+    with pytest.warns(UserWarning, match=r'in 1.held, which .*in a ModuleList'):
         convert_batch_norm(model)
     assert isinstance(model[0], SSN)
     assert type(norm[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(
+    'held', [immutable_list([1, [2]]), immutable_dict(a=1)], ids=['list', 'dict']
+)
+def test_what_may_not_be_written_to_and_holds_no_layer(held):
+    model = nn.Sequential(nn.BatchNorm2d(8))
+    model.held = held
+    assert isinstance(convert_batch_norm(model)[0], SSN)
+    assert model.held is held
 
 
 class Doubled(nn.Module):
