@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ssn_plugin.checkpoint.files import bare_name
 from ssn_plugin.layers.switchable import UNNAMED_CANDIDATES
 from ssn_plugin.ops.switchable_norm.statistics import NORMALIZERS
 
@@ -78,7 +79,7 @@ def recorded_candidates(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...
     """
     record = getattr(state, '_metadata', None) or {}
     return {
-        name.removeprefix('module.'): tuple(entry['normalizers'])
+        bare_name(name): tuple(entry['normalizers'])
         for name, entry in record.items()
         if are_candidates(entry.get('normalizers'))
     }
@@ -95,7 +96,7 @@ def record_candidates(state: Mapping[str, Tensor], told: Candidates) -> Mapping[
     names = {
         layer: told.of(layer, state[f'{layer}.mean_weight'].numel(), state)
         for layer in layers
-        if layer.removeprefix('module.') not in known
+        if bare_name(layer) not in known
     }
     if not (told.configured and any(names.values())):
         return state

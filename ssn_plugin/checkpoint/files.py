@@ -52,6 +52,12 @@ def weights_entry(checkpoint: Mapping) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def state_in(checkpoint: Mapping) -> Mapping:
+    """The state dict of a checkpoint as it stands there; what has none inside is its own."""
+    entry = weights_entry(checkpoint)
+    return checkpoint if entry is None else state_in(checkpoint[entry])
+
+
 def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     """The state dict of a checkpoint, without the names that wrappers add.
 
@@ -64,12 +70,9 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
     Raises:
         CheckpointError: If there are no weights in it, or none with values.
     """
-    entry = weights_entry(checkpoint)
-    state = checkpoint if entry is None else checkpoint[entry]
-    if entry is not None and not _is_state(state):
-        return weights_in(state, path)
+    state = state_in(checkpoint)
     if not _is_state(state):
-        several = [name for name, value in checkpoint.items() if _is_state(value)]
+        several = [name for name, value in state.items() if _is_state(value)]
         held = f'several state dicts, {", ".join(several)}: save the one to take by itself'
         raise CheckpointError(f'{path}: holds {held if several else "no state dict of weights"}')
     for key, value in state.items():
@@ -78,9 +81,9 @@ def weights_in(checkpoint: Mapping, path: str) -> OrderedDict[str, Tensor]:
         if value.layout != torch.strided:
             raise CheckpointError(f'{path}: {key} is a sparse tensor, expected a dense one')
     check_switchable(state, path)
-    weights = OrderedDict((_unwrapped(key), value) for key, value in state.items())
+    weights = OrderedDict((bare_name(key), value) for key, value in state.items())
     known = getattr(state, '_metadata', {})
-    weights._metadata = {_unwrapped(name): value for name, value in known.items()}
+    weights._metadata = {bare_name(name): value for name, value in known.items()}
     return weights
 
 
@@ -96,7 +99,8 @@ def _is_state(value: object) -> bool:
     return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
-def _unwrapped(name: str) -> str:
+def bare_name(name: str) -> str:
+    """The name that a key of a state dict has without those that wrappers add."""
     return unwrapped_name(name).removeprefix('module.')
 
 

@@ -159,6 +159,10 @@ def backbone_of(
             found[key.removeprefix(prefix)] = value
         else:
             left_out.append(key)
+    record = getattr(state, '_metadata', {})  # what layers note of themselves
+    found._metadata = {
+        name.removeprefix(prefix): record[name] for name in record if name.startswith(prefix)
+    }
     return found, tuple(left_out)
 
 

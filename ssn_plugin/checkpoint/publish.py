@@ -3,13 +3,13 @@
 import ctypes
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ssn_plugin.checkpoint.candidates import recorded_candidates
 from ssn_plugin.checkpoint.files import read_checkpoint, weights_entry, weights_in, write_checkpoint
 from ssn_plugin.checkpoint.layout import backbone_of, describe
 from ssn_plugin.checkpoint.release import released
@@ -59,13 +59,15 @@ def publish_backbone(
     released(source)
     weights = weights_in(checkpoint, str(source))
     state, left_out = backbone_of(weights)
-    # torch.save writes the whole storage of a view into the file, so copy.
-    state = OrderedDict((key, value.detach().clone().contiguous()) for key, value in state.items())
+    for key, value in state.items():
+        # torch.save writes the whole storage of a view into the file, so copy.
+        state[key] = value.detach().clone().contiguous()
     layout = describe(state)
     if not layout.norms:
         raise CheckpointError(f'{source}: holds no norm layers')
     traits = told_traits(checkpoint)
-    chosen = selections(state, told_candidates(checkpoint))
+    told = told_candidates(checkpoint)._replace(layers=recorded_candidates(state))
+    chosen = selections(state, told)
     meta = {
         'ssn_plugin': __version__,
         'layout': str(layout),

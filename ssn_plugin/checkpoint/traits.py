@@ -14,7 +14,7 @@ from ssn_plugin.checkpoint.candidates import (
     configured_candidates,
     recorded_candidates,
 )
-from ssn_plugin.checkpoint.files import meta_in, weights_entry
+from ssn_plugin.checkpoint.files import meta_in, state_in
 from ssn_plugin.checkpoint.selection import Selected
 from ssn_plugin.layers.switchable import SwitchableNorm
 
@@ -59,11 +59,11 @@ def told_candidates(checkpoint: Mapping) -> Candidates:
         >>> told_candidates({'meta': {'normalizers': ['BN', 'LN']}, 'state_dict': {}})
         Candidates(backbone=('BN', 'LN'), configured={}, layers={})
     """
-    config, entry = meta_in(checkpoint).get('cfg'), weights_entry(checkpoint)
+    config = meta_in(checkpoint).get('cfg')
     return Candidates(
         tuple(told_traits(checkpoint).get('normalizers', ())),
         configured_candidates(config) if isinstance(config, str) else {},
-        recorded_candidates(checkpoint if entry is None else checkpoint[entry]),
+        recorded_candidates(state_in(checkpoint)),
     )
 
 

@@ -103,6 +103,22 @@ def test_backbone_of_a_whole_detector(tmp_path, out, radius):
     assert os.path.getsize(done.path) < 0.7 * os.path.getsize(source)
 
 
+@pytest.mark.parametrize('entries', [(), ('state_dict',), ('model', 'state_dict')])
+def test_candidates_that_only_the_layers_record(tmp_path, out, entries):
+    """A model of a user's own code, which wrote no ``meta``, and was compiled."""
+    model = nn.ModuleDict(dict(backbone=nn.Sequential(SSN(8, normalizers=('LN', 'GN', 'BN')))))
+    model['backbone'][0].select('GN', 'LN')
+    checkpoint = nn.ModuleDict(dict(_orig_mod=model)).state_dict()
+    for entry in reversed(entries):
+        checkpoint = {entry: checkpoint}
+    done = publish_backbone(save(checkpoint, tmp_path / 'own.pth'), out)
+    assert done.selection == {'0': ('GN', 'LN')}
+    state = torch.load(done.path, weights_only=True)['state_dict']
+    model['backbone'].load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"got control .*\('LN', 'GN', 'BN'\)"):
+        nn.Sequential(SSN(8)).load_state_dict(state)
+
+
 @pytest.mark.parametrize('legacy', [True, False])
 @pytest.mark.parametrize('depth', [18, 50])
 def test_a_released_file(tmp_path, out, legacy, depth):
