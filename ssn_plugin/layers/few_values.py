@@ -7,8 +7,9 @@ from torch import nn
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.ops.switchable_norm.ratios import has_values
 
-# So far below the others that the ratio is 0 until the layer is decided, and has no gradient.
-_LEFT_OUT = 2.0
+# So far below the others that the ratio is 0 until the layer is decided, and has no gradient. From
+# 0.5 on it is 0; what a weight decay takes away, and an average lags behind, must leave that much.
+_LEFT_OUT = 100.0
 
 
 class FewValues:
@@ -23,11 +24,15 @@ class FewValues:
     Construct it before a forward pass in training; call :meth:`leave_out` after it. A candidate
     whose largest count in that pass is below ``least`` gets ratios of zero, unless it is the only
     one. Of one process and of several the largest count decides, so that all do the same. Layers
-    that have begun to choose are left alone, and those inside compiled graphs.
+    that no pass has reached and frozen ones wait for a later call. Layers that have begun to choose
+    are left alone, and those inside compiled graphs.
 
     Args:
         model: Any module.
         least: Number of values per channel that a candidate needs.
+
+    Attributes:
+        layers: Those that wait, by name.
 
     Example:
         >>> import torch
@@ -56,35 +61,46 @@ class FewValues:
 
     @torch.no_grad()
     def leave_out(self) -> dict[str, list[str]]:
-        """Take the ratios away.
+        """Take the ratios away, in layers that do not have to wait.
 
         Returns:
             Name of each layer that lost candidates -> these.
         """
         seen = [layer.values_seen for layer in self.layers.values()]
-        for layer in self.layers.values():
-            layer.values_seen = None
         if self.layers and dist.is_available() and dist.is_initialized():
             device = next(iter(self.layers.values())).radius.device
             counts = torch.tensor(seen, device=device)
             dist.all_reduce(counts, dist.ReduceOp.MAX)
             seen = counts.tolist()
         left_out = {}
-        for (name, layer), (pixels, values) in zip(self.layers.items(), seen, strict=True):
-            counts = {'IN': pixels, 'BN': values}
-            few = [n for n in layer.normalizers if 0 < counts.get(n, 0) < self.least]
-            if few and len(few) < len(layer.normalizers):
-                left_out[name] = few
-                indices = [layer.normalizers.index(candidate) for candidate in few]
-                for control in (layer.mean_weight, layer.var_weight):
-                    control[indices] = control.min() - _LEFT_OUT
+        for (place, layer), (pixels, values) in zip(list(self.layers.items()), seen, strict=True):
+            if not values or not _learns(layer):
+                continue
+            del self.layers[place]
+            layer.values_seen = None
+            enough = {'IN': pixels >= self.least, 'BN': values >= self.least}
+            few = [k for k, name in enumerate(layer.normalizers) if not enough.get(name, True)]
+            pairs = zip((layer.mean_weight, layer.var_weight), layer.selected, strict=True)
+            undecided = [control for control, selected in pairs if selected is None]
+            if few and undecided and len(few) < len(layer.normalizers):
+                left_out[place] = [layer.normalizers[k] for k in few]
+                for control in undecided:
+                    control[few] = control.min() - _LEFT_OUT
         return left_out
+
+    def unreached(self) -> list[str]:
+        """Names of the layers that learn and wait all the same."""
+        return [name for name, layer in self.layers.items() if _learns(layer)]
+
+
+def _learns(layer: SSN) -> bool:
+    return layer.mean_weight.requires_grad and layer.var_weight.requires_grad
 
 
 def _has_yet_to_choose(layer: SSN) -> bool:
-    """Whether its ratios are learned and equal still."""
+    """Whether its ratios are equal still."""
     controls = layer._tensor('mean_weight'), layer._tensor('var_weight')
-    if not all(type(control) is nn.Parameter and control.requires_grad for control in controls):
+    if not all(type(control) is nn.Parameter for control in controls):
         return False
     if not has_values(*controls) or layer.selected != (None, None):
         return False

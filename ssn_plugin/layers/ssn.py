@@ -223,7 +223,8 @@ class SSN(SwitchableNorm):
 
     def _check_input(self, x: Tensor) -> None:
         super()._check_input(x)
-        if self.values_seen is not None and self.training and not is_compiling():
+        # Asked first: whatever a compiled graph reads, it is compiled anew for when that changes.
+        if not is_compiling() and self.values_seen is not None and self.training:
             pixels = x.shape[2:].numel()
             pair = pixels, pixels * x.shape[0] * self._processes()
             self.values_seen = tuple(map(max, self.values_seen, pair))

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS
 from torch import nn
@@ -281,15 +281,90 @@ def test_candidates_with_few_values_are_left_out(make_runner, min_values):
     assert all(layer.values_seen is None for layer in norms)
 
 
+FEW = dict(
+    model=dict(
+        type='ToyNet', norm_cfg=dict(type='SSN', normalizers=('LN', 'GN', 'BN'), num_groups=2)
+    ),
+    custom_hooks=[dict(type='SSNRadiusHook', min_values=60)],
+)
+
+
+class Unfreezing(Hook):
+    """Trains a part from the second iteration on."""
+
+    def before_train(self, runner):
+        runner.model.norm2.requires_grad_(False)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        runner.model.norm2.requires_grad_(True)
+
+
+class FailingOnce(Hook):
+    """Ends the training once, between the first step and what other hooks do after it."""
+
+    failed = False
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if not self.failed:
+            self.failed = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('late', [False, True])
+def test_candidates_are_left_out_of_layers_that_train_later(make_runner, late):
+    runner = make_runner(**FEW)
+    if late:
+        runner.register_hook(Unfreezing())
+    else:
+        runner.register_hook(FailingOnce(), 'HIGHEST')
+        with pytest.raises(KeyboardInterrupt):
+            runner.train()
+    runner.train()
+    (said,) = (line for line in log_of(runner).splitlines() if 'left out' in line)
+    assert 'norm2: BN' in said
+    assert 'BN' not in runner.model.norm2.selected
+    assert runner.model.norm2.values_seen is None
+
+
+def test_a_run_that_decides_at_once_leaves_nothing_out(make_runner):
+    runner = make_runner(**FEW, train_cfg=dict(by_epoch=False, max_iters=1))
+    runner.train()
+    assert 'left out' not in log_of(runner)
+
+
+def test_layers_that_are_not_reached_are_told_once(make_runner):
+    runner = make_runner(**FEW)
+    runner.model.never_called = SSN(4)
+    runner.train()
+    (said,) = (line for line in log_of(runner).splitlines() if 'waits for' in line)
+    assert '1 SSN layers' in said
+    assert said.endswith(': never_called')
+
+
+def test_averages_leave_out_the_same(make_runner):
+    """Also one that was a copy before the candidate was left out."""
+    runner = make_runner(**FEW)
+    runner.register_hook(average := EMAHook(momentum=0.02), 'HIGHEST')
+    shares = []
+
+    class Shares(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            ratios = average.ema_model.module.norm2.mean_ratios
+            shares.append(float(ratios[2]))
+
+    runner.register_hook(Shares(), 'LOWEST')
+    runner.train()
+    assert shares[0] > 0
+    assert max(shares[2:]) == 0
+    assert average.ema_model.module.norm2.selected == runner.model.norm2.selected
+
+
 def test_a_resumed_run_leaves_nothing_out_again(make_runner):
     """Its layers have begun to choose; what was left out is so in the checkpoint."""
-    norm = dict(type='SSN', normalizers=('LN', 'GN', 'BN'), num_groups=2)
-    hooks = [dict(type='SSNRadiusHook', min_values=60)]
-    model = dict(type='ToyNet', norm_cfg=norm)
-    stopped = make_runner(model=model, custom_hooks=hooks)
+    stopped = make_runner(**FEW)
     stopped.train()
     checkpoint = str(Path(stopped.work_dir) / 'iter_1.pth')
-    resumed = make_runner(model=model, custom_hooks=hooks, load_from=checkpoint, resume=True)
+    resumed = make_runner(**FEW, load_from=checkpoint, resume=True)
     resumed.train()
     assert 'left out' not in log_of(resumed)
     for name, value in stopped.model.state_dict().items():

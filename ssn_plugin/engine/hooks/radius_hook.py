@@ -35,8 +35,8 @@ class SSNRadiusHook(Hook):
         start_radius: Radius until ``begin``.
         end_radius: Radius from ``end`` on; three candidates are one-hot from 0.8165 on.
         min_values: In a layer that has yet to choose, 'IN' and 'BN' are no candidates if they have
-            fewer values per channel than this in the first iteration: after a global pooling, for
-            one. 0 leaves all candidates in, as the paper does.
+            fewer values per channel than this in the first iteration, or when the layer is first
+            trained: after a global pooling, for one. 0 leaves all candidates in, as the paper does.
 
     Raises:
         ValueError: If fractions are not 0 <= begin < end <= 1, a radius is negative or NaN, or
@@ -126,7 +126,7 @@ class SSNRadiusHook(Hook):
         for text in lost_ratios(self._rates):
             runner.logger.warning(f'SSNRadiusHook: in iteration {runner.iter + 1} {text}')
             self._rates = []
-        if self.min_values and runner.iter == 0:
+        if self.min_values and self._few_values is None:
             self._few_values = FewValues(unwrapped(runner.model), self.min_values)
         set_radius(runner.model, self.radius_at(*iterations(runner, batch_idx)))
         for averaged in self._copies.of(runner):
@@ -146,14 +146,23 @@ class SSNRadiusHook(Hook):
         self._passed += 1
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """After the first iteration, leave out candidates that have too few values."""
-        if self._few_values is None:
+        """Leave out candidates that have too few values, after the first iteration.
+
+        After 2, 4, 8, ... iterations those of layers that were not reached or were frozen before.
+        """
+        if self._few_values is None or self._passed & (self._passed - 1):
             return
-        left_out, self._few_values = self._few_values.leave_out(), None
-        for name, candidates in left_out.items():
+        for name, candidates in self._few_values.leave_out().items():
             runner.logger.info(
                 f'SSNRadiusHook: {name}: {" and ".join(candidates)} left out, with fewer than '
                 f'min_values={self.min_values} values per channel'
+            )
+        unreached = self._few_values.unreached()
+        if unreached and self._passed == 1:
+            runner.logger.info(
+                f'SSNRadiusHook: min_values={self.min_values} waits for {len(unreached)} SSN '
+                'layers that no training pass has reached outside torch.compile: '
+                f'{", ".join(unreached)}'
             )
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
