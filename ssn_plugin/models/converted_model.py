@@ -30,8 +30,9 @@ def build_converted_ssn(
 
     Example:
         >>> from mmengine.registry import MODELS
+        >>> from torch.nn import BatchNorm2d
         >>> import ssn_plugin
-        >>> MODELS.build(dict(type='ConvertedSSN', network='BN', num_features=8)).selected
+        >>> MODELS.build(dict(type='ConvertedSSN', network=BatchNorm2d, num_features=8)).selected
         (None, None)
     """
     built = MODELS.build(dict(type=network, **settings))
