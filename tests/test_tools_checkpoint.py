@@ -1,4 +1,4 @@
-"""The command-line tools around checkpoints, as real processes."""
+"""The command-line tools around checkpoints; what trains or runs code is a process of its own."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ from backbones import as_mmpretrain, batch_norm_network, build, images, pretrain
 from pickled_code import Marker
 from plain_resnet import relative_error
 from released_files import released_checkpoint, released_file, released_state, save
+from tool_runs import run_here
 
 from ssn_plugin import SSN
 
@@ -51,16 +52,26 @@ log_processor = dict(by_epoch=False)
 """
 
 
-def run(folder: Path, tool: str, *arguments: object, **environment: str):
-    unset = ('SSN_ALLOW_PICKLE', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
-    inherited = {key: value for key, value in os.environ.items() if key not in unset}
+UNSET = ('SSN_ALLOW_PICKLE', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')
+
+
+def run(folder: Path, tool: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / 'tools' / tool), *map(str, arguments)],
         cwd=folder,
         capture_output=True,
         text=True,
-        env=inherited | environment,
+        env={key: value for key, value in os.environ.items() if key not in UNSET},
     )
+
+
+def run_in_here(folder: Path, tool: str, *arguments: object) -> subprocess.CompletedProcess:
+    """As :func:`run`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in UNSET:
+            patch.delenv(name, raising=False)
+        return subprocess.CompletedProcess(tool, *run_here(tool, *map(str, arguments)))
 
 
 def assert_one_line(result, tool: str, *said: str) -> None:
@@ -79,7 +90,7 @@ def assert_one_line(result, tool: str, *said: str) -> None:
 def test_an_exact_copy_by_the_tool(tmp_path):
     network = batch_norm_network('mmseg', depth=50, deep_stem=True)
     save({'state_dict': as_mmpretrain(network.state_dict())}, tmp_path / 'bn.pth')
-    result = run(tmp_path, 'warm_start.py', 'bn.pth', 'ssn.pth', '--bn-ratio', 1, '--fix')
+    result = run_in_here(tmp_path, 'warm_start.py', 'bn.pth', 'ssn.pth', '--bn-ratio', 1, '--fix')
     assert result.returncode == 0, result.stderr
     assert 'ssn.pth: 55 SSN layers with BN at an importance ratio of 1' in result.stdout
     path = tmp_path / 'ssn.pth'
@@ -96,7 +107,7 @@ def test_an_exact_copy_by_the_tool(tmp_path):
 def test_ratio_and_candidates_by_the_tool(tmp_path):
     save(batch_norm_network('mmdet').state_dict(), tmp_path / 'bn.pth')
     (tmp_path / 'ssn.pth').write_text('to be replaced')
-    result = run(
+    result = run_in_here(
         tmp_path, 'warm_start.py', 'bn.pth', 'ssn.pth', '--bn-ratio', 0.7, '--overwrite',
         '--normalizers', 'IN', 'BN',
     )  # fmt: skip
@@ -115,7 +126,7 @@ def test_ratio_and_candidates_by_the_tool(tmp_path):
 def test_warm_start_of_bad_input(tmp_path, arguments, said):
     content = {'state_dict': batch_norm_network('mmdet').state_dict()}
     save(content | {'x': Marker(tmp_path / 'ran')}, tmp_path / 'code.pth')
-    result = run(tmp_path, 'warm_start.py', 'code.pth', 'ssn.pth', *arguments)
+    result = run_in_here(tmp_path, 'warm_start.py', 'code.pth', 'ssn.pth', *arguments)
     assert_one_line(result, 'warm_start.py', said)
     assert os.listdir(tmp_path) == ['code.pth']
 
@@ -125,7 +136,7 @@ def test_warm_start_of_bad_input(tmp_path, arguments, said):
 
 def test_publish_and_inspect(tmp_path):
     released_file(tmp_path / 'ssn.pth')
-    result = run(tmp_path, 'publish_backbone.py', 'ssn.pth', 'r18.pth')
+    result = run_in_here(tmp_path, 'publish_backbone.py', 'ssn.pth', 'r18.pth')
     assert result.returncode == 0, result.stderr
     (name,) = (path.name for path in tmp_path.glob('r18-*.pth'))
     assert f'{name}: ResNet-18 with SSN, ' in result.stdout
@@ -135,7 +146,7 @@ def test_publish_and_inspect(tmp_path):
     counts = ', '.join(f'{count} {pair}' for pair, count in chosen.items())
     assert f'selection: {counts}' in result.stdout
 
-    result = run(tmp_path, 'inspect_checkpoint.py', 'ssn.pth')
+    result = run_in_here(tmp_path, 'inspect_checkpoint.py', 'ssn.pth')
     assert result.returncode == 0, result.stderr
     report = dict(line.split(':', 1) for line in result.stdout.splitlines() if line[0] != ' ')
     assert report['network'].strip() == 'ResNet-18 with SSN'
@@ -148,7 +159,7 @@ def test_truncated_input(tmp_path):
     file = tmp_path / 'ssn.pth'
     released_file(file)
     file.write_bytes(file.read_bytes()[:-5000])
-    result = run(tmp_path, 'publish_backbone.py', 'ssn.pth', 'out.pth')
+    result = run_in_here(tmp_path, 'publish_backbone.py', 'ssn.pth', 'out.pth')
     said = 'ssn.pth: truncated, or not a checkpoint of torch'
     assert_one_line(result, 'publish_backbone.py', said)
     assert os.listdir(tmp_path) == ['ssn.pth']
