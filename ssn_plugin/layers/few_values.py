@@ -22,10 +22,10 @@ class FewValues:
     the others learn.
 
     Construct it before a forward pass in training; call :meth:`leave_out` after it. A candidate
-    whose largest count in that pass is below ``least`` gets ratios of zero, unless it is the only
-    one. Of one process and of several the largest count decides, so that all do the same. Layers
-    that no pass has reached and frozen ones wait for a later call. Layers that have begun to choose
-    are left alone, and those inside compiled graphs.
+    whose largest count in that pass is below ``least`` gets ratios of zero, unless no other would
+    be left. Of one process and of several the largest count decides, so that all do the same.
+    Layers that no pass has reached and frozen ones wait for a later call. Layers that have begun to
+    choose are left alone, and those inside compiled graphs.
 
     Args:
         model: Any module.
