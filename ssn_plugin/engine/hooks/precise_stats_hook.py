@@ -20,7 +20,12 @@ from ssn_plugin.engine.progress import ended_early, is_last_iteration
 from ssn_plugin.engine.randomness import preserved_generators, seed_iteration, seed_samples
 from ssn_plugin.errors import in_one_line
 from ssn_plugin.functional import check_positive
-from ssn_plugin.layers.running_statistics import KINDS, batch_averages, write_statistics
+from ssn_plugin.layers.running_statistics import (
+    KINDS,
+    batch_averages,
+    replace_statistics,  # noqa: F401 - code imports it from here, where it was before
+    write_statistics,
+)
 
 
 class PreciseStatsHook(Hook):
