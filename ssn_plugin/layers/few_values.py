@@ -7,8 +7,9 @@ from torch import nn
 from ssn_plugin.layers.ssn import SSN
 from ssn_plugin.ops.switchable_norm.ratios import has_values
 
-# So far below the others that the ratio is 0 until the layer is decided, and has no gradient. From
-# 0.5 on it is 0; what a weight decay takes away, and an average lags behind, must leave that much.
+# So far below the others that the ratio is 0 until the layer is decided, and has no gradient. A
+# distance of 0.5 is enough for that; the rest is for weight decay, which makes it smaller, and for
+# averaged copies of the weights, which follow slowly.
 _LEFT_OUT = 100.0
 
 

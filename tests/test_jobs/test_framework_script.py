@@ -113,6 +113,7 @@ def test_bad_command_lines(arguments, code, said, monkeypatch):
     found, _, errors = run_here(tool, *arguments)
     assert found == code
     assert said in errors
+    assert 'Traceback' not in errors
 
 
 def test_missing_host_is_one_line(tmp_path, monkeypatch):
@@ -127,6 +128,7 @@ def test_amp_without_a_gpu_is_one_line(monkeypatch):
     code, _, errors = run_here('train.py', CONFIG, '--amp')
     assert code == 1
     assert '--amp: got no GPU, expected one' in errors
+    assert 'Traceback' not in errors
 
 
 def test_missing_data_is_one_line(tmp_path, monkeypatch):
@@ -134,4 +136,5 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch):
     code, _, errors = run_here('train.py', str(ROOT / CONFIG))
     assert code == 1
     assert 'data/coco/annotations/instances_train2017.json' in errors
+    assert 'Traceback' not in errors
     assert not (tmp_path / 'work_dirs').exists()
